@@ -1,0 +1,104 @@
+"""The operator behind every dynamic convolution, and the rule that picks its implementation.
+
+`reference.py` is the definition; faster implementations get a file each beside it and are chosen here.
+"""
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from .reference import dynamic_conv2d_reference
+
+__all__ = ['dynamic_conv2d', 'dynamic_conv2d_reference']
+
+
+def _pair(value: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def dynamic_conv2d(
+        x: Tensor,
+        weight: Tensor,
+        kernel_attn: Optional[Tensor],
+        in_attn: Optional[Tensor] = None,
+        out_attn: Optional[Tensor] = None,
+        tap_attn: Optional[Tensor] = None,
+        bias: Optional[Tensor] = None,
+        stride: Union[int, Tuple[int, int]] = 1,
+        padding: Union[int, Tuple[int, int]] = 0,
+        dilation: Union[int, Tuple[int, int]] = 1,
+        groups: int = 1,
+) -> Tensor:
+    """Convolve every image with its own mixture of K kernels.
+
+        y_b = out_attn[b] * (conv(in_attn[b] * x_b, tap_attn[b] * sum_k kernel_attn[b, k] W_k)
+                             + sum_k kernel_attn[b, k] bias_k)
+
+    Differentiable in every tensor. An attention that is None is 1 everywhere.
+
+    Args:
+        x: Images (B, C_in, H, W); B may be 0. Under autocast it is cast to autocast's dtype, and the kernels are mixed
+            in the dtype of `weight`.
+        weight: The K kernels, one after the other: (K * C_out, C_in / groups, kh, kw).
+        kernel_attn: Share of each kernel (B, K); None for a single kernel.
+        in_attn: Factor of each input channel (B, C_in).
+        out_attn: Factor of each output channel (B, C_out).
+        tap_attn: Factor of each kernel tap (B, kh * kw), the same for all channels and kernels.
+        bias: The K biases, one after the other: (K * C_out,). Mixed as the kernels are.
+        stride: Pixels, as in `torch.nn.functional.conv2d`.
+        padding: Pixels of zeros on each side.
+        dilation: Pixels between kernel taps.
+        groups: Blocked connections from input to output channels.
+
+    Returns:
+        (B, C_out, H', W') in the dtype of `x` (autocast's under autocast), channels_last if `x` is.
+
+    Raises:
+        ValueError: The shape of an argument does not fit the others; the message names it.
+    """
+    if not torch.jit.is_scripting():
+        _check_shapes(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, groups)
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device_type))
+            # The mixing is a matmul, which autocast would run in half precision before the result is rounded again.
+            with torch.autocast(device_type, enabled=False):
+                return dynamic_conv2d_reference(
+                    x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias,
+                    _pair(stride), _pair(padding), _pair(dilation), groups,
+                )
+    return dynamic_conv2d_reference(
+        x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias,
+        _pair(stride), _pair(padding), _pair(dilation), groups,
+    )
+
+
+def _check_shapes(
+        x: Tensor,
+        weight: Tensor,
+        kernel_attn: Optional[Tensor],
+        in_attn: Optional[Tensor],
+        out_attn: Optional[Tensor],
+        tap_attn: Optional[Tensor],
+        bias: Optional[Tensor],
+        groups: int,
+) -> None:
+    if x.ndim != 4:
+        raise ValueError(f'x must have shape (B, C_in, H, W), got {tuple(x.shape)}')
+    if weight.ndim != 4:
+        raise ValueError(f'weight must have shape (K * C_out, C_in / groups, kh, kw), got {tuple(weight.shape)}')
+    B, I = x.shape[:2]
+    if weight.shape[1] * groups != I:
+        raise ValueError(f'weight {tuple(weight.shape)} with groups={groups} takes {weight.shape[1] * groups} channels, got {I}')
+    if kernel_attn is not None and (kernel_attn.ndim != 2 or kernel_attn.shape[0] != B):
+        raise ValueError(f'kernel_attn must have shape ({B}, K), got {tuple(kernel_attn.shape)}')
+    K = 1 if kernel_attn is None else kernel_attn.shape[1]
+    if K < 1 or weight.shape[0] % (K * groups):
+        raise ValueError(f'weight must hold {K} kernels of a multiple of {groups} channels, got {weight.shape[0]} rows')
+    O, taps = weight.shape[0] // K, weight.shape[2] * weight.shape[3]
+    for name, attn, size in ('in_attn', in_attn, I), ('out_attn', out_attn, O), ('tap_attn', tap_attn, taps):
+        if attn is not None and tuple(attn.shape) != (B, size):
+            raise ValueError(f'{name} must have shape ({B}, {size}), got {tuple(attn.shape)}')
+    if bias is not None and tuple(bias.shape) != (K * O,):
+        raise ValueError(f'bias must have shape ({K * O},), got {tuple(bias.shape)}')
