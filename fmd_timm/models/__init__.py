@@ -1,0 +1,1 @@
+from .dynamic_resnet import *

@@ -1,0 +1,87 @@
+"""Published weights: the tags that `hub_cards/` records, and loading them with errors that name the repository.
+
+A record `hub_cards/<model>.<tag>.json` is written by publishing. Its `hub` entry holds `repo`, `commit` and `sha256` of
+the weights, `pretrained_cfg` what timm needs to know of them. A tag is pinned to that commit, so that nobody else's
+upload is ever loaded under our names.
+"""
+import json
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+import torch.nn as nn
+from huggingface_hub import hf_hub_download
+from timm.models import build_model_with_cfg, list_pretrained, resolve_pretrained_cfg
+
+__all__ = ['HUB_CARDS', 'WEIGHTS_NAME', 'build_dynamic_model', 'with_published_tags']
+
+WEIGHTS_NAME = 'model.safetensors'  # timm falls back to a pickle where no name is given
+
+_PACKAGE = Path(__file__).parents[1]
+# Inside an installed package, beside the package in a checkout.
+HUB_CARDS = next((p for p in (_PACKAGE / 'hub_cards', _PACKAGE.parent / 'hub_cards') if p.is_dir()), _PACKAGE / 'hub_cards')
+
+
+def with_published_tags(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Add a configuration '<architecture>.<tag>' for every record of an architecture in `cfgs`, in order of the names.
+
+    timm takes the first tag with weights for the architecture's default.
+    """
+    published = {}
+    for path in sorted(HUB_CARDS.glob('*.json')):
+        architecture = path.name.partition('.')[0]
+        if architecture in cfgs:
+            record = json.loads(path.read_text(encoding='utf-8'))
+            published[path.name.removesuffix('.json')] = dict(
+                record['pretrained_cfg'],
+                hf_hub_id=f'{record["hub"]["repo"]}@{record["hub"]["commit"]}',
+                hf_hub_filename=WEIGHTS_NAME,
+            )
+    return {**cfgs, **published}
+
+
+def build_dynamic_model(
+        model_cls,
+        variant: str,
+        pretrained: bool,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any]]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+        **kwargs,
+) -> nn.Module:
+    """timm's `build_model_with_cfg`, with the weights fetched first.
+
+    Raises:
+        RuntimeError: `pretrained` and there are no weights to load, or they can't be fetched: names what there is, or
+            the Hub repository.
+    """
+    if pretrained:
+        _fetch_weights(variant, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+
+
+def _fetch_weights(variant, pretrained_cfg, pretrained_cfg_overlay, cache_dir) -> None:
+    published = ', '.join(list_pretrained('*_fmd*')) or 'none yet'
+    try:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    except RuntimeError as error:
+        raise RuntimeError(f'{error} Published: {published}.') from error
+    if not (cfg.has_weights or cfg.state_dict):
+        raise RuntimeError(
+            f'{variant} has no published weights (published: {published}). Use pretrained=False for random weights.')
+    if cfg.hf_hub_id and cfg.source in (None, 'hf-hub') and not (cfg.file or cfg.state_dict):
+        repo, _, revision = cfg.hf_hub_id.partition('@')
+        try:
+            hf_hub_download(repo, cfg.hf_hub_filename or WEIGHTS_NAME, revision=revision or None, cache_dir=cache_dir)
+        except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
+            raise RuntimeError(
+                f'the weights of {variant} could not be loaded from the Hub repository {cfg.hf_hub_id}: '
+                f'{type(error).__name__}: {error}'
+            ) from error
