@@ -1,5 +1,4 @@
 """Checkpoints of the FMDConv authors' code (github.com/tianyu00824/FMDConv), turned into ours."""
-from typing import Dict, List, Tuple
 
 import torch
 import torch.nn as nn
@@ -9,15 +8,15 @@ from .layers import FMDConv2d
 
 __all__ = ['load_official_state_dict']
 
-Parts = List[Tuple[str, Tuple[int, ...]]]  # the authors' key and shape of each part
+Parts = list[tuple[str, tuple[int, ...]]]  # the authors' key and shape of each part
 
 
-def load_official_state_dict(module_or_model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
+def load_official_state_dict(module_or_model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Load a state_dict with the authors' names and shapes into an `FMDConv2d` or a whole network.
 
     Outside the dynamic convolutions their networks and ours use the same names. Their checkpoints hold no temperatures,
-    and those of `module_or_model` are kept: set them with `set_temperature` (their kernel temperature is always 34, that
-    of the gates is what their schedule had reached).
+    and those of `module_or_model` are kept: set them with `set_temperature` (their kernel temperature is always 34,
+    that of the gates is what their schedule had reached).
 
     Args:
         module_or_model: A layer, or a network such as `resnet18_fmd` with `conv_bias=True`.
@@ -56,12 +55,12 @@ def load_official_state_dict(module_or_model: nn.Module, state_dict: Dict[str, T
     module_or_model.load_state_dict(converted, strict=False)
 
 
-def _official_parts(conv: FMDConv2d) -> Dict[str, Parts]:
+def _official_parts(conv: FMDConv2d) -> dict[str, Parts]:
     """Our key -> the authors' tensors that stand in it one after the other; none for the temperatures."""
     attention = conv.attention
     K, I, O = conv.num_kernels, conv.in_channels, conv.out_channels
     A, h = attention.gate_hidden, attention.kernel_hidden
-    parts: Dict[str, Parts] = {
+    parts: dict[str, Parts] = {
         'weight': [('weight', (K, O, I // conv.groups, *conv.kernel_size))],
         'attention.squeeze.weight': [('attention.fc.weight', (A, I, 1, 1))],
         'attention.gates.weight': [('attention.channel_fc.weight', (I, A, 1, 1))],

@@ -3,7 +3,6 @@
 Differs from the authors' code in form only: both squeezes are one linear map and both gates another, so that the branch
 costs few launches, and a training batch of one image uses the running statistics of the BatchNorm instead of failing.
 """
-from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -56,7 +55,7 @@ class FMDAttention(nn.Module):
     def __init__(
             self,
             in_channels: int,
-            out_channels: Optional[int],
+            out_channels: int | None,
             num_kernels: int = 4,
             reduction: float = 1 / 16,
             kernel_ratio: float = 1 / 4,
@@ -101,7 +100,7 @@ class FMDAttention(nn.Module):
         nn.init.ones_(self.kernel_temperature)
         nn.init.ones_(self.gate_temperature)
 
-    def forward(self, x: Tensor) -> Tuple[Optional[Tensor], Tensor, Optional[Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """x (B, C_in, H, W) -> kernel_attn (B, K) or None, in_attn (B, C_in), out_attn (B, C_out) or None.
 
         The attention is float32 also under autocast and in half-precision models (float64 in float64 models).
@@ -109,10 +108,10 @@ class FMDAttention(nn.Module):
         squeezed = self.squeeze(x.mean((2, 3)))  # (B, gate_hidden + kernel_hidden)
         hidden = self.bn(squeezed[:, :self.gate_hidden]).relu()
         gates = torch.sigmoid(_at_least_float32(self.gates(hidden)) / _at_least_float32(self.gate_temperature))
-        out_attn: Optional[Tensor] = None
+        out_attn: Tensor | None = None
         if self.out_channels > 0:
             out_attn = gates[:, self.in_channels:]
-        kernel_attn: Optional[Tensor] = None
+        kernel_attn: Tensor | None = None
         if self.num_kernels > 1:
             logits = self.kernel(squeezed[:, self.gate_hidden:].relu())
             kernel_attn = F.softmax(_at_least_float32(logits) / _at_least_float32(self.kernel_temperature), dim=1)
@@ -122,7 +121,7 @@ class FMDAttention(nn.Module):
         return f'num_kernels={self.num_kernels}'
 
 
-def set_temperature(model: nn.Module, kernel: Optional[float] = None, gate: Optional[float] = None) -> None:
+def set_temperature(model: nn.Module, kernel: float | None = None, gate: float | None = None) -> None:
     """Set the temperatures of every dynamic convolution in `model`, in place.
 
     High temperatures make the attention uniform, so that all kernels learn; 1 is what training ends at.

@@ -1,5 +1,4 @@
 """Dynamic convolutions as layers: a bank of K kernels, an attention that says how to mix them, one operator."""
-from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -14,17 +13,17 @@ __all__ = ['FMDConv2d']
 
 
 def _explicit_padding(
-        padding: Union[str, int, Tuple[int, int]],
-        kernel_size: Tuple[int, int],
-        stride: Tuple[int, int],
-        dilation: Tuple[int, int],
-) -> Tuple[int, int]:
+        padding: str | int | tuple[int, int],
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
+) -> tuple[int, int]:
     if padding == 'valid':
         return 0, 0
     if padding == 'same':
         total = [d * (k - 1) for k, d in zip(kernel_size, dilation)]
         if stride != (1, 1) or any(t % 2 for t in total):
-            raise ValueError(f"padding='same' needs stride 1 and odd kernels, got {kernel_size=}, {stride=}, {dilation=}")
+            raise ValueError(f"padding='same' needs stride 1 and odd kernels, got {kernel_size=}, {stride=}")
         return total[0] // 2, total[1] // 2
     if isinstance(padding, str):
         raise ValueError(f"padding must be 'same', 'valid' or pixels, got {padding!r}")
@@ -62,10 +61,10 @@ class FMDConv2d(nn.Module):
             self,
             in_channels: int,
             out_channels: int,
-            kernel_size: Union[int, Tuple[int, int]],
-            stride: Union[int, Tuple[int, int]] = 1,
-            padding: Union[str, int, Tuple[int, int]] = 0,
-            dilation: Union[int, Tuple[int, int]] = 1,
+            kernel_size: int | tuple[int, int],
+            stride: int | tuple[int, int] = 1,
+            padding: str | int | tuple[int, int] = 0,
+            dilation: int | tuple[int, int] = 1,
             groups: int = 1,
             bias: bool = True,
             num_kernels: int = 4,
@@ -84,7 +83,7 @@ class FMDConv2d(nn.Module):
             if value < 0:
                 raise ValueError(f'{name} must not be negative, got {value}')
         if in_channels % groups or out_channels % groups:
-            raise ValueError(f'groups must divide in_channels={in_channels} and out_channels={out_channels}, got {groups}')
+            raise ValueError(f'groups must divide {in_channels=} and {out_channels=}, got {groups}')
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = to_2tuple(kernel_size)
@@ -132,7 +131,7 @@ class FMDConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel_attn, in_attn, out_attn = self.attention(x)
-        tap_attn: Optional[Tensor] = None
+        tap_attn: Tensor | None = None
         return dynamic_conv2d(
             x, self.weight, kernel_attn, in_attn, out_attn, tap_attn, self.bias,
             self.stride, self.padding, self.dilation, self.groups,

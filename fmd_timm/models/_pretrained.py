@@ -6,7 +6,7 @@ upload is ever loaded under our names.
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
@@ -17,11 +17,11 @@ __all__ = ['HUB_CARDS', 'WEIGHTS_NAME', 'build_dynamic_model', 'with_published_t
 WEIGHTS_NAME = 'model.safetensors'  # timm falls back to a pickle where no name is given
 
 _PACKAGE = Path(__file__).parents[1]
-# Inside an installed package, beside the package in a checkout.
-HUB_CARDS = next((p for p in (_PACKAGE / 'hub_cards', _PACKAGE.parent / 'hub_cards') if p.is_dir()), _PACKAGE / 'hub_cards')
+_INSTALLED, _CHECKOUT = _PACKAGE / 'hub_cards', _PACKAGE.parent / 'hub_cards'
+HUB_CARDS = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 
-def with_published_tags(cfgs: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+def with_published_tags(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Add a configuration '<architecture>.<tag>' for every record of an architecture in `cfgs`, in order of the names.
 
     timm takes the first tag with weights for the architecture's default.
@@ -43,9 +43,9 @@ def build_dynamic_model(
         model_cls,
         variant: str,
         pretrained: bool,
-        pretrained_cfg: Optional[Union[str, Dict[str, Any]]] = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        cache_dir: Optional[Union[str, Path]] = None,
+        pretrained_cfg: str | dict[str, Any] | None = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
         **kwargs,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, with the weights fetched first.

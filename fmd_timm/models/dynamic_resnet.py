@@ -4,8 +4,8 @@
 `_cifar` models have the stem for 32x32 images of He et al. (arXiv 1512.03385, section 4.2): a 3x3 convolution with
 stride 1 and no max-pool. The authors' networks give their dynamic convolutions a bias: `conv_bias=True`.
 """
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, Type, Union
 
 import torch
 import torch.nn as nn
@@ -54,7 +54,7 @@ class DynamicResNet(ResNet):
 
     def __init__(
             self,
-            block: Type[Union[DynamicBasicBlock, DynamicBottleneck]],
+            block: type[DynamicBasicBlock | DynamicBottleneck],
             *args,
             num_kernels: int = 4,
             reduction: float = 1 / 16,

@@ -13,21 +13,21 @@ from .reference import dynamic_conv2d_reference
 __all__ = ['dynamic_conv2d', 'dynamic_conv2d_reference']
 
 
-def _pair(value: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def dynamic_conv2d(
         x: Tensor,
         weight: Tensor,
-        kernel_attn: Optional[Tensor],
-        in_attn: Optional[Tensor] = None,
-        out_attn: Optional[Tensor] = None,
-        tap_attn: Optional[Tensor] = None,
-        bias: Optional[Tensor] = None,
-        stride: Union[int, Tuple[int, int]] = 1,
-        padding: Union[int, Tuple[int, int]] = 0,
-        dilation: Union[int, Tuple[int, int]] = 1,
+        kernel_attn: Tensor | None,
+        in_attn: Tensor | None = None,
+        out_attn: Tensor | None = None,
+        tap_attn: Tensor | None = None,
+        bias: Tensor | None = None,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
 ) -> Tensor:
     """Convolve every image with its own mixture of K kernels.
@@ -59,11 +59,10 @@ def dynamic_conv2d(
     """
     if not torch.jit.is_scripting():
         _check_shapes(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, groups)
-        device_type = x.device.type
-        if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device_type))
+        if _autocasts(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
             # The mixing is a matmul, which autocast would run in half precision before the result is rounded again.
-            with torch.autocast(device_type, enabled=False):
+            with torch.autocast(x.device.type, enabled=False):
                 return dynamic_conv2d_reference(
                     x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias,
                     _pair(stride), _pair(padding), _pair(dilation), groups,
@@ -74,14 +73,23 @@ def dynamic_conv2d(
     )
 
 
+def _autocasts(x: Tensor) -> bool:
+    device_type = x.device.type
+    return (
+        torch.amp.is_autocast_available(device_type)  # not on the meta device
+        and torch.is_autocast_enabled(device_type)
+        and x.dtype != torch.float64
+    )
+
+
 def _check_shapes(
         x: Tensor,
         weight: Tensor,
-        kernel_attn: Optional[Tensor],
-        in_attn: Optional[Tensor],
-        out_attn: Optional[Tensor],
-        tap_attn: Optional[Tensor],
-        bias: Optional[Tensor],
+        kernel_attn: Tensor | None,
+        in_attn: Tensor | None,
+        out_attn: Tensor | None,
+        tap_attn: Tensor | None,
+        bias: Tensor | None,
         groups: int,
 ) -> None:
     if x.ndim != 4:
@@ -90,7 +98,8 @@ def _check_shapes(
         raise ValueError(f'weight must have shape (K * C_out, C_in / groups, kh, kw), got {tuple(weight.shape)}')
     B, I = x.shape[:2]
     if weight.shape[1] * groups != I:
-        raise ValueError(f'weight {tuple(weight.shape)} with groups={groups} takes {weight.shape[1] * groups} channels, got {I}')
+        taken = weight.shape[1] * groups
+        raise ValueError(f'weight {tuple(weight.shape)} with groups={groups} takes {taken} channels, got {I}')
     if kernel_attn is not None and (kernel_attn.ndim != 2 or kernel_attn.shape[0] != B):
         raise ValueError(f'kernel_attn must have shape ({B}, K), got {tuple(kernel_attn.shape)}')
     K = 1 if kernel_attn is None else kernel_attn.shape[1]

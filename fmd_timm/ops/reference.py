@@ -2,14 +2,13 @@
 
 For image b, with K kernels W_k:
 
-    y_b = out_attn[b] * (conv(in_attn[b] * x_b, tap_attn[b] * sum_k kernel_attn[b, k] W_k) + sum_k kernel_attn[b, k] bias_k)
+    y_b = out_attn[b] * (conv(in_attn[b] * x_b, tap_attn[b] * sum_k kernel_attn[b, k] W_k)
+                         + sum_k kernel_attn[b, k] bias_k)
 
 CondConv (arXiv 1904.04971) and DyConv (arXiv 1912.03458) have only kernel_attn, FMDConv (arXiv 2503.17530) adds in_attn
 and out_attn, ODConv (ICLR 2022) also tap_attn. The form is the one of the FMDConv and ODConv authors: the mixed kernels
 of all images run as one convolution with a group for every image. It holds B kernels in memory.
 """
-from typing import List, Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,14 +17,14 @@ from torch import Tensor
 def dynamic_conv2d_reference(
         x: Tensor,
         weight: Tensor,
-        kernel_attn: Optional[Tensor],
-        in_attn: Optional[Tensor],
-        out_attn: Optional[Tensor],
-        tap_attn: Optional[Tensor],
-        bias: Optional[Tensor],
-        stride: List[int],
-        padding: List[int],
-        dilation: List[int],
+        kernel_attn: Tensor | None,
+        in_attn: Tensor | None,
+        out_attn: Tensor | None,
+        tap_attn: Tensor | None,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
         groups: int,
 ) -> Tensor:
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`, unchecked; any device and floating dtype."""

@@ -1,0 +1,115 @@
+"""dynamic_conv2d is the sum in its docstring: against one plain convolution per image, in float64."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fmd_timm import dynamic_conv2d
+
+SHAPES = {  # B, K, C_in, C_out, kernel, stride, padding, dilation, groups, (H, W)
+    '1x1': (3, 4, 5, 7, 1, 1, 0, 1, 1, (4, 6)),
+    '3x3': (2, 4, 4, 6, 3, 1, 1, 1, 1, (7, 5)),
+    'stride': (2, 2, 4, 6, 3, 2, 1, 1, 1, (8, 5)),
+    'one_kernel': (2, 1, 4, 6, 3, 1, 1, 1, 1, (5, 5)),
+    'dilated_groups': (2, 3, 4, 6, 3, 1, 2, 2, 2, (7, 6)),
+    'depthwise': (3, 4, 6, 6, 5, 1, 2, 1, 6, (6, 6)),
+    'uneven': (2, 2, 3, 4, (1, 3), (2, 1), (0, 1), 1, 1, (5, 6)),
+}
+
+
+def make_inputs(B, K, I, O, kernel, stride, padding, dilation, groups, size, dtype=torch.float64):
+    h, w = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    torch.manual_seed(0)
+    tensors = dict(
+        x=torch.randn(B, I, *size), weight=torch.randn(K * O, I // groups, h, w), kernel_attn=torch.rand(B, K),
+        in_attn=torch.rand(B, I), out_attn=torch.rand(B, O), tap_attn=torch.rand(B, h * w), bias=torch.randn(K * O),
+    )
+    tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    return tensors, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def one_by_one(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, **conv_args):
+    images = []
+    for b in range(x.shape[0]):
+        mixed = sum(share * kernel for share, kernel in zip(kernel_attn[b], weight.chunk(kernel_attn.shape[1])))
+        mixed_bias = sum(share * part for share, part in zip(kernel_attn[b], bias.chunk(kernel_attn.shape[1])))
+        taps = tap_attn[b].reshape(weight.shape[2:])
+        y = F.conv2d(in_attn[b, :, None, None] * x[b], taps * mixed, mixed_bias, **conv_args)
+        images.append(out_attn[b, :, None, None] * y)
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+def test_equals_one_convolution_per_image(shape):
+    tensors, conv_args = make_inputs(*shape)
+    torch.testing.assert_close(dynamic_conv2d(**tensors, **conv_args), one_by_one(**tensors, **conv_args))
+
+
+@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+def test_gradients(shape):
+    tensors, conv_args = make_inputs(*shape)
+
+    def conv(*values):
+        return dynamic_conv2d(**dict(zip(tensors, values)), **conv_args)
+
+    assert torch.autograd.gradcheck(conv, tuple(tensors.values()), fast_mode=True)
+
+
+def test_without_attention_it_is_a_plain_convolution():
+    tensors, conv_args = make_inputs(*SHAPES['one_kernel'])
+    x, weight, bias = tensors['x'], tensors['weight'], tensors['bias']
+    expected = F.conv2d(x, weight, bias, **conv_args)
+    torch.testing.assert_close(dynamic_conv2d(x, weight, None, bias=bias, **conv_args), expected)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    tensors, conv_args = make_inputs(*SHAPES['3x3'])
+    alone = {name: t if name in ('weight', 'bias') else t[1:] for name, t in tensors.items()}
+    torch.testing.assert_close(dynamic_conv2d(**tensors, **conv_args)[1:], dynamic_conv2d(**alone, **conv_args))
+
+
+def test_empty_batch_has_the_right_shape_and_zero_gradients():
+    tensors, conv_args = make_inputs(*SHAPES['dilated_groups'])
+    empty = {name: t if name in ('weight', 'bias') else t[:0] for name, t in tensors.items()}
+    empty = {name: t.detach().requires_grad_() for name, t in empty.items()}
+    y = dynamic_conv2d(**empty, **conv_args)
+    assert y.shape == (0, *dynamic_conv2d(**tensors, **conv_args).shape[1:])
+    y.sum().backward()
+    assert all(t.grad.shape == t.shape and not t.grad.any() for t in empty.values())
+
+
+def test_channels_last_in_channels_last_out():
+    tensors, conv_args = make_inputs(*SHAPES['3x3'])
+    expected = dynamic_conv2d(**tensors, **conv_args)
+    tensors['x'] = tensors['x'].to(memory_format=torch.channels_last)
+    y = dynamic_conv2d(**tensors, **conv_args)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_stays_close_to_float64(dtype):
+    tensors, conv_args = make_inputs(*SHAPES['3x3'], dtype=torch.float32)
+    exact = dynamic_conv2d(**{name: t.double() for name, t in tensors.items()}, **conv_args)
+    with torch.autocast('cpu', dtype):
+        y = dynamic_conv2d(**tensors, **conv_args)
+    assert y.dtype == dtype
+    assert (y.double() - exact).abs().max() < 2e-2 * exact.abs().max()  # 8 bits of mantissa
+    y.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors.values())
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(x=torch.zeros(4, 7, 5)), r'x must have shape \(B, C_in, H, W\), got \(4, 7, 5\)'),
+    (dict(x=torch.zeros(2, 5, 7, 5)), 'takes 4 channels, got 5'),
+    (dict(weight=torch.zeros(24, 4, 3)), 'weight must have shape'),
+    (dict(kernel_attn=torch.zeros(3, 4)), r'kernel_attn must have shape \(2, K\), got \(3, 4\)'),
+    (dict(kernel_attn=torch.zeros(2, 5)), 'weight must hold 5 kernels'),
+    (dict(in_attn=torch.zeros(2, 6)), r'in_attn must have shape \(2, 4\), got \(2, 6\)'),
+    (dict(out_attn=torch.zeros(6)), r'out_attn must have shape \(2, 6\), got \(6,\)'),
+    (dict(tap_attn=torch.zeros(2, 3)), r'tap_attn must have shape \(2, 9\), got \(2, 3\)'),
+    (dict(bias=torch.zeros(6)), r'bias must have shape \(24,\), got \(6,\)'),
+])
+def test_a_shape_that_does_not_fit_is_named(change, message):
+    tensors, conv_args = make_inputs(*SHAPES['3x3'])
+    with pytest.raises(ValueError, match=message):
+        dynamic_conv2d(**dict(tensors, **change), **conv_args)
