@@ -41,7 +41,7 @@ def assert_close(actual, expected, dtype):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
 @pytest.mark.parametrize('mode', ['eval', 'train'])
 @pytest.mark.parametrize('name', CASES)
-def test_layer_equals_the_authors_code(name, mode, dtype):
+def test_layer_equals_the_authors_code(name, mode, dtype, implementation):
     meta, golden = load_case(name)
     if 'raises' in meta['modes'][mode]:
         pytest.skip('the authors code raises on this case (a training batch of one image); ours has its own test')

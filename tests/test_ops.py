@@ -16,37 +16,42 @@ SHAPES = {  # B, K, C_in, C_out, kernel, stride, padding, dilation, groups, (H, 
 }
 
 
-def make_inputs(B, K, I, O, kernel, stride, padding, dilation, groups, size, dtype=torch.float64):
+def make_inputs(B, K, I, O, kernel, stride, padding, dilation, groups, size, dtype=torch.float64, tap_attn=False):
     h, w = kernel if isinstance(kernel, tuple) else (kernel, kernel)
     torch.manual_seed(0)
     tensors = dict(
         x=torch.randn(B, I, *size), weight=torch.randn(K * O, I // groups, h, w), kernel_attn=torch.rand(B, K),
-        in_attn=torch.rand(B, I), out_attn=torch.rand(B, O), tap_attn=torch.rand(B, h * w), bias=torch.randn(K * O),
+        in_attn=torch.rand(B, I), out_attn=torch.rand(B, O), bias=torch.randn(K * O),
     )
+    if tap_attn:
+        tensors['tap_attn'] = torch.rand(B, h * w)
     tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
     return tensors, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
-def one_by_one(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, **conv_args):
+def one_by_one(x, weight, kernel_attn, in_attn, out_attn, bias, tap_attn=None, **conv_args):
     images = []
     for b in range(x.shape[0]):
         mixed = sum(share * kernel for share, kernel in zip(kernel_attn[b], weight.chunk(kernel_attn.shape[1])))
         mixed_bias = sum(share * part for share, part in zip(kernel_attn[b], bias.chunk(kernel_attn.shape[1])))
-        taps = tap_attn[b].reshape(weight.shape[2:])
-        y = F.conv2d(in_attn[b, :, None, None] * x[b], taps * mixed, mixed_bias, **conv_args)
+        if tap_attn is not None:
+            mixed = tap_attn[b].reshape(weight.shape[2:]) * mixed
+        y = F.conv2d(in_attn[b, :, None, None] * x[b], mixed, mixed_bias, **conv_args)
         images.append(out_attn[b, :, None, None] * y)
     return torch.stack(images)
 
 
+@pytest.mark.parametrize('tap_attn', [False, True], ids=['', 'taps'])
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
-def test_equals_one_convolution_per_image(shape):
-    tensors, conv_args = make_inputs(*shape)
+def test_equals_one_convolution_per_image(shape, tap_attn, implementation):
+    tensors, conv_args = make_inputs(*shape, tap_attn=tap_attn)
     torch.testing.assert_close(dynamic_conv2d(**tensors, **conv_args), one_by_one(**tensors, **conv_args))
 
 
+@pytest.mark.parametrize('tap_attn', [False, True], ids=['', 'taps'])
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
-def test_gradients(shape):
-    tensors, conv_args = make_inputs(*shape)
+def test_gradients(shape, tap_attn, implementation):
+    tensors, conv_args = make_inputs(*shape, tap_attn=tap_attn)
 
     def conv(*values):
         return dynamic_conv2d(**dict(zip(tensors, values)), **conv_args)
@@ -61,13 +66,13 @@ def test_without_attention_it_is_a_plain_convolution():
     torch.testing.assert_close(dynamic_conv2d(x, weight, None, bias=bias, **conv_args), expected)
 
 
-def test_an_image_does_not_depend_on_its_batch():
+def test_an_image_does_not_depend_on_its_batch(implementation):
     tensors, conv_args = make_inputs(*SHAPES['3x3'])
     alone = {name: t if name in ('weight', 'bias') else t[1:] for name, t in tensors.items()}
     torch.testing.assert_close(dynamic_conv2d(**tensors, **conv_args)[1:], dynamic_conv2d(**alone, **conv_args))
 
 
-def test_empty_batch_has_the_right_shape_and_zero_gradients():
+def test_empty_batch_has_the_right_shape_and_zero_gradients(implementation):
     tensors, conv_args = make_inputs(*SHAPES['dilated_groups'])
     empty = {name: t if name in ('weight', 'bias') else t[:0] for name, t in tensors.items()}
     empty = {name: t.detach().requires_grad_() for name, t in empty.items()}
@@ -77,7 +82,7 @@ def test_empty_batch_has_the_right_shape_and_zero_gradients():
     assert all(t.grad.shape == t.shape and not t.grad.any() for t in empty.values())
 
 
-def test_channels_last_in_channels_last_out():
+def test_channels_last_in_channels_last_out(implementation):
     tensors, conv_args = make_inputs(*SHAPES['3x3'])
     expected = dynamic_conv2d(**tensors, **conv_args)
     tensors['x'] = tensors['x'].to(memory_format=torch.channels_last)
@@ -87,7 +92,7 @@ def test_channels_last_in_channels_last_out():
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_stays_close_to_float64(dtype):
+def test_autocast_stays_close_to_float64(dtype, implementation):
     tensors, conv_args = make_inputs(*SHAPES['3x3'], dtype=torch.float32)
     exact = dynamic_conv2d(**{name: t.double() for name, t in tensors.items()}, **conv_args)
     with torch.autocast('cpu', dtype):

@@ -29,7 +29,6 @@ def dynamic_conv2d_reference(
 ) -> Tensor:
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`, unchecked; any device and floating dtype."""
     B, I, H, W = x.shape
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if in_attn is not None:
         x = x * in_attn.to(x.dtype)[:, :, None, None]
 
@@ -52,4 +51,4 @@ def dynamic_conv2d_reference(
         y = y + (kernel_attn.to(bias.dtype) @ bias.reshape(K, O)).to(y.dtype)[:, :, None, None]
     if out_attn is not None:
         y = y * out_attn.to(y.dtype)[:, :, None, None]
-    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+    return y
