@@ -1,0 +1,227 @@
+"""Labelled images for the recipes: a Hugging Face dataset in, uint8 batches out, normalised on the device."""
+import random
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+from PIL import Image
+from timm.data import ToNumpy, create_transform, rand_augment_transform
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from torchvision import transforms
+from tqdm import tqdm
+
+CHECKED_BYTES = 2**30  # up to this size every image is decoded once before training starts
+VALIDATION_SPLITS = ('validation', 'valid', 'val', 'test')  # the first that a dataset has, ImageNet's test has no labels
+
+
+def load_digits() -> datasets.DatasetDict:
+    """scikit-learn's 1,797 real handwritten digits of 8x8 pixels (UCI), 1,437 to train and 360 to validate."""
+    from sklearn.datasets import load_digits as load_sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_sklearn_digits()
+    rows = train_test_split(np.arange(len(digits.target)), test_size=360, random_state=0, stratify=digits.target)
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)]))
+    return datasets.DatasetDict({
+        split: datasets.Dataset.from_dict({
+            'image': [Image.fromarray((digits.images[i] * 255 / 16).round().astype(np.uint8)) for i in indices],
+            'label': digits.target[indices].tolist(),
+        }, features=features)
+        for split, indices in zip(('train', 'test'), rows)
+    })
+
+
+def open_dataset(name: str) -> datasets.DatasetDict:
+    """`name`: 'digits', a folder of parquet files or images that `datasets` can load, or an id on the Hub."""
+    if name == 'digits':
+        return load_digits()
+    try:
+        return datasets.load_dataset(name)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        if 'gated' in str(error):
+            raise SystemExit(
+                f'dataset {name!r} is gated: ask for access on its page, https://huggingface.co/datasets/{name}, '
+                f'then log in with `hf auth login` or set HF_TOKEN'
+            ) from error
+        raise SystemExit(
+            f"dataset {name!r} was not found: expected 'digits', a folder, or an id on the Hub ({error})") from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise SystemExit(f'dataset {name!r} could not be loaded: {type(error).__name__}: {error}') from error
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """One split of a dataset as (image (3, H, W) uint8, label) pairs.
+
+    Random augmentation is seeded by seed, epoch and row, so it is the same for any number of processes and workers.
+
+    Args:
+        rows: The split.
+        name: What to call it in errors.
+        transform: PIL image -> (3, H, W) uint8 array.
+        image_column: Column of images; None where the only one is meant.
+        label_column: Column of class labels; None where the only one is meant.
+        seed: Of the augmentation.
+
+    Raises:
+        SystemExit: No image or label column, or a label outside the classes.
+    """
+
+    def __init__(
+            self,
+            rows: datasets.Dataset,
+            name: str,
+            transform: Callable[[Image.Image], np.ndarray] | None = None,
+            image_column: str | None = None,
+            label_column: str | None = None,
+            seed: int = 0,
+    ):
+        self.name = name
+        self.image_column = _find_column(rows, name, 'image', image_column, _is_image)
+        self.label_column = _find_column(rows, name, 'label', label_column, _is_label)
+        labels = rows.data.column(self.label_column)
+        feature = rows.features[self.label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            self.label_names = list(feature.names)
+        else:
+            self.label_names = [str(i) for i in range((pyarrow.compute.max(labels).as_py() or 0) + 1)]
+        expected = pyarrow.array(range(len(self.label_names)), type=labels.type)
+        outside = pyarrow.compute.invert(pyarrow.compute.is_in(labels, value_set=expected))
+        if pyarrow.compute.any(outside).as_py():
+            row = pyarrow.compute.index(outside, True).as_py()
+            raise SystemExit(
+                f'{name}: label {labels[row].as_py()} in row {row} is outside the {len(self.label_names)} classes, '
+                f'expected 0 to {len(self.label_names) - 1}'
+            )
+        self.rows = rows.select_columns([self.image_column, self.label_column]).cast_column(
+            self.image_column, datasets.Image(decode=False))
+        self.transform = transform
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def decode(self, index: int) -> Image.Image:
+        image = self.rows[index][self.image_column]
+        try:
+            return datasets.Image().decode_example(image).convert('RGB')
+        except Exception as error:  # Pillow's plugins raise what they like
+            raise ValueError(f'{self.name}: the image in row {index} cannot be decoded ({error})') from error
+
+    def check_decodable(self, show_progress: bool) -> None:
+        """Decode every image of a dataset of up to 1 GiB once, so that a broken one is found before training."""
+        if self.rows.data.nbytes <= CHECKED_BYTES:
+            for index in tqdm(range(len(self)), f'checking {self.name}', leave=False, disable=not show_progress):
+                try:
+                    self.decode(index)
+                except ValueError as error:
+                    raise SystemExit(str(error)) from error
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image = self.decode(index)
+        with _seeded(self.seed, int(self.epoch), index):
+            return self.transform(image), self.rows[index][self.label_column]
+
+
+def _is_image(feature) -> bool:
+    return isinstance(feature, datasets.Image)
+
+
+def _is_label(feature) -> bool:
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and feature.dtype.startswith(('int', 'uint')))
+
+
+def _find_column(rows, split: str, kind: str, column: str | None, fits: Callable) -> str:
+    found = [name for name, feature in rows.features.items() if fits(feature)]
+    if kind == 'label':  # a column of class labels is meant before one of plain integers, such as an id
+        found = [name for name in found if isinstance(rows.features[name], datasets.ClassLabel)] or found
+    if column is None and len(found) == 1:
+        return found[0]
+    if column is not None and column in rows.features and fits(rows.features[column]):
+        return column
+    columns = ', '.join(f'{name} ({type(feature).__name__})' for name, feature in rows.features.items())
+    if column is not None:
+        raise SystemExit(f'{split}: {kind} column {column!r} is not one of {kind}s; it has {columns}')
+    if not found:
+        raise SystemExit(f'{split}: found no column of {kind}s; it has {columns}')
+    raise SystemExit(f'{split}: name one of its {kind} columns with --{kind}-column: {", ".join(found)}')
+
+
+@contextmanager
+def _seeded(*entropy: int):
+    """Seed the global generators that transforms draw from; put the main process's own states back."""
+    in_main = get_worker_info() is None
+    if in_main:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if in_main:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
+def choose_split(dataset: datasets.DatasetDict, name: str, split: str | None, candidates: tuple[str, ...]) -> str:
+    """The split that was asked for, or the first of the candidates that the dataset has."""
+    found = [split] if split is not None else [s for s in candidates if s in dataset]
+    if not found or found[0] not in dataset:
+        wanted = split or ' or '.join(candidates)
+        raise SystemExit(f'dataset {name!r} has no split {wanted!r}; it has {", ".join(dataset)}')
+    return found[0]
+
+
+def train_transform(size: int, crop: str, hflip: float, aa: str | None, interpolation: str, mean: tuple):
+    """timm's training transform, or for small images the one of the CIFAR papers: pad by an eighth, crop, flip.
+
+    Args:
+        size: Pixels of the square result.
+        crop: 'rrc' (random resized crop) or 'pad'.
+        hflip: Probability of a horizontal flip.
+        aa: timm's RandAugment policy, such as 'rand-m9-mstd0.5-inc1'.
+        interpolation: Of the resizing.
+        mean: Of the data, 0 to 1: RandAugment fills with it.
+    """
+    if crop == 'rrc':
+        return create_transform(
+            size, is_training=True, hflip=hflip, auto_augment=aa, color_jitter=None, interpolation=interpolation,
+            mean=mean, use_prefetcher=True,
+        )
+    steps = [transforms.Resize((size, size)), transforms.RandomCrop(size, padding=size // 8)]
+    if hflip:
+        steps.append(transforms.RandomHorizontalFlip(hflip))
+    if aa:
+        steps.append(rand_augment_transform(aa, dict(img_mean=tuple(round(255 * m) for m in mean))))
+    return transforms.Compose([*steps, ToNumpy()])
+
+
+def eval_transform(data_config: dict):
+    """timm's evaluation transform for a model's data configuration, up to the normalisation."""
+    return create_transform(**dict(data_config, is_training=False, use_prefetcher=True))
+
+
+class Normalize(torch.nn.Module):
+    """(B, 3, H, W) uint8 -> float32 with the data's mean and standard deviation, on the images' device."""
+
+    def __init__(self, mean: tuple, std: tuple, channels_last: bool = False):
+        super().__init__()
+        self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1) * 255)
+        self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1) * 255)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, images: Tensor) -> Tensor:
+        return ((images.float() - self.mean) / self.std).contiguous(memory_format=self.memory_format)
