@@ -2,7 +2,6 @@
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -16,7 +15,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 CHECKED_BYTES = 2**30  # up to this size every image is decoded once before training starts
-VALIDATION_SPLITS = ('validation', 'valid', 'val', 'test')  # the first that a dataset has, ImageNet's test has no labels
+VALIDATION_SPLITS = ('validation', 'valid', 'val', 'test')  # in this order: ImageNet's test split has no labels
 
 
 def load_digits() -> datasets.DatasetDict:
@@ -61,7 +60,8 @@ class LabelledImages(torch.utils.data.Dataset):
     Random augmentation is seeded by seed, epoch and row, so it is the same for any number of processes and workers.
 
     Args:
-        rows: The split.
+        rows: The images of the split.
+        split: Its name.
         name: What to call it in errors.
         transform: PIL image -> (3, H, W) uint8 array.
         image_column: Column of images; None where the only one is meant.
@@ -75,12 +75,14 @@ class LabelledImages(torch.utils.data.Dataset):
     def __init__(
             self,
             rows: datasets.Dataset,
+            split: str,
             name: str,
             transform: Callable[[Image.Image], np.ndarray] | None = None,
             image_column: str | None = None,
             label_column: str | None = None,
             seed: int = 0,
     ):
+        self.split = split
         self.name = name
         self.image_column = _find_column(rows, name, 'image', image_column, _is_image)
         self.label_column = _find_column(rows, name, 'label', label_column, _is_label)
@@ -117,10 +119,10 @@ class LabelledImages(torch.utils.data.Dataset):
         except Exception as error:  # Pillow's plugins raise what they like
             raise ValueError(f'{self.name}: the image in row {index} cannot be decoded ({error})') from error
 
-    def check_decodable(self, show_progress: bool) -> None:
+    def check_decodable(self) -> None:
         """Decode every image of a dataset of up to 1 GiB once, so that a broken one is found before training."""
         if self.rows.data.nbytes <= CHECKED_BYTES:
-            for index in tqdm(range(len(self)), f'checking {self.name}', leave=False, disable=not show_progress):
+            for index in tqdm(range(len(self)), f'checking {self.name}', leave=False, mininterval=1):
                 try:
                     self.decode(index)
                 except ValueError as error:

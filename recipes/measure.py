@@ -1,0 +1,128 @@
+"""What the recipes report of a model: accuracy over exactly the validation images, inference time, size, memory."""
+import copy
+import os
+import platform
+import resource
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+
+@torch.inference_mode()
+def score(
+        accelerator: Accelerator,
+        model: nn.Module,
+        loader: DataLoader,
+        normalize: nn.Module,
+        num_images: int,
+) -> dict[str, float]:
+    """Top-1 and top-5 in percent and the mean cross-entropy, each image counted once on any number of processes.
+
+    Args:
+        loader: Prepared by the accelerator, which fills up the last batch with images that are not counted.
+        num_images: How many images there must be.
+
+    Raises:
+        RuntimeError: Another number of images came back.
+    """
+    model.eval()
+    hits, losses = [], []
+    bar = tqdm(loader, 'evaluating', leave=False, mininterval=1, disable=not accelerator.is_main_process)
+    for images, labels in bar:
+        with accelerator.autocast():
+            logits = model(normalize(images))
+        logits = logits.float()
+        # A stable order: a network that gives all classes the same logit must not be right every time.
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits.append(accelerator.gather_for_metrics(best == labels[:, None]))
+        losses.append(accelerator.gather_for_metrics(F.cross_entropy(logits, labels, reduction='none')))
+    hits, losses = torch.cat(hits), torch.cat(losses)
+    if len(hits) != num_images or len(losses) != num_images:
+        raise RuntimeError(f'expected results of {num_images} validation images, got {len(hits)}')
+    return dict(
+        top1=100 * hits[:, 0].double().mean().item(),
+        top5=100 * hits.any(1).double().mean().item(),
+        loss=losses.double().mean().item(),
+    )
+
+
+@torch.inference_mode()
+def time_inference(
+        accelerator: Accelerator,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        batch: int,
+        channels_last: bool = False,
+        repeats: int = 10,
+) -> dict[str, float]:
+    """Latency of one image in milliseconds and throughput of a batch in images/s: medians, after 3 warm-up runs."""
+    model.eval()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def median_seconds(size: int) -> float:
+        images = torch.randn(size, *input_size, device=accelerator.device).contiguous(memory_format=memory_format)
+        seconds = []
+        for _ in range(3 + repeats):
+            synchronize(accelerator.device)
+            start = time.perf_counter()
+            with accelerator.autocast():
+                model(images)
+            synchronize(accelerator.device)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[3:])
+
+    return dict(
+        infer_ms_per_image=1000 * median_seconds(1), infer_images_per_second=batch / median_seconds(batch),
+        infer_batch=batch,
+    )
+
+
+def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
+    """Multiply-accumulates of one image in billions: convolutions, matrix products, attention and mixing of kernels."""
+    model = copy.deepcopy(model).to('meta').eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *input_size, device='meta'))
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """Share out the cores where `accelerate launch` was not told how: it gives each process one thread."""
+    if accelerator.device.type == 'cpu' and torch.get_num_threads() == 1:
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // accelerator.num_processes, 1))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak of this process: allocated on the GPU, or resident on the CPU (with Python and its libraries)."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with its number of threads."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return f'{names[0] if names else platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)'
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ('fmd-timm', 'torch', 'timm', 'accelerate', 'datasets')
+    return {'python': platform.python_version(), **{package: version(package) for package in packages}}

@@ -1,0 +1,383 @@
+"""Train an image classifier:  accelerate launch recipes/train.py <preset> [--output FOLDER] [--option value ...]
+
+A preset is the published run; an option changes one value of it. `train.py <preset> --help` shows them all. The output
+folder gets `model.safetensors` and `config.json` (timm and the Hub load them), `result.json` (the run record, which the
+model card is made from), `checkpoints/` to resume from and the tracker's `logs/`.
+"""
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoints
+import timm
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from data import (
+    VALIDATION_SPLITS,
+    LabelledImages,
+    Normalize,
+    choose_split,
+    eval_transform,
+    open_dataset,
+    train_transform,
+)
+from measure import (
+    count_gmacs,
+    device_name,
+    peak_memory_mib,
+    score,
+    synchronize,
+    time_inference,
+    use_all_cores,
+    versions,
+)
+from timm.data import Mixup, resolve_model_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from fmd_timm import FMDConv2d, set_temperature
+from fmd_timm.hub import save_for_hub
+from fmd_timm.schedule import annealed_temperature
+from fmd_timm.scores import ies, ies_infer, rcs, rcs_infer
+
+
+def option(default, help: str):
+    return dataclasses.field(default=default, metadata=dict(help=help))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: str = option('resnet18_fmd', 'model registered in timm')
+    dataset: str = option('digits', "'digits', a dataset id on the Hub, or a folder of parquet files or images")
+    image_column: str | None = option(None, 'column of images; found from the features')
+    label_column: str | None = option(None, 'column of labels; found from the features')
+    train_split: str = option('train', 'split to train on')
+    validation_split: str | None = option(None, f'split to validate on; the first of {", ".join(VALIDATION_SPLITS)}')
+    image_size: int = option(224, 'pixels of the square images')
+    crop: str = option('rrc', "training crop: 'rrc' (random resized crop) or 'pad' (pad by an eighth, crop back)")
+    hflip: float = option(0.5, 'probability of a horizontal flip')
+    aa: str | None = option(None, "timm's RandAugment policy, such as rand-m9-mstd0.5-inc1")
+    reprob: float = option(0.0, 'probability of erasing a random part of an image')
+    mixup: float = option(0.0, 'alpha of mixup; 0 is off')
+    cutmix: float = option(0.0, 'alpha of CutMix; 0 is off')
+    smoothing: float = option(0.1, 'label smoothing')
+    epochs: int = option(100, 'passes over the training images')
+    batch_size: int = option(256, 'images per optimizer step, over all processes')
+    accumulate: int = option(1, 'backward passes per optimizer step')
+    opt: str = option('sgd', "timm's name of the optimizer (sgd is with Nesterov momentum)")
+    lr: float = option(0.1, 'peak learning rate')
+    momentum: float = option(0.9, 'of the optimizer')
+    weight_decay: float = option(1e-4, 'not for biases and norms')
+    warmup_epochs: int = option(5, 'epochs of linear warm-up before the cosine decay to 0')
+    clip_grad: float | None = option(None, 'largest norm of the gradients')
+    ema_decay: float = option(0.0, 'decay of the averaged weights that are evaluated and saved; 0 is off')
+    temperature: float = option(30.0, 'softmax temperature of the kernel attention at the start; it ends at 1')
+    annealed_by: float = option(0.1, 'share of training after which it is 1')
+    precision: str = option('auto', "'bf16', 'fp16', 'fp32', or 'auto': bf16 on GPUs that have it, else fp32")
+    channels_last: bool = option(False, 'memory format of images and weights')
+    compile: bool = option(False, 'torch.compile the model')
+    num_workers: int = option(4, 'data loading processes per training process')
+    tracker: str = option('tensorboard', "tracker known to accelerate, or 'none'")
+    seed: int = option(0, 'of weights, shuffling and augmentation')
+
+
+CIFAR = Recipe(
+    model='resnet18_fmd_cifar', image_size=32, crop='pad', epochs=200, batch_size=128, weight_decay=5e-4,
+    smoothing=0.0, annealed_by=0.05, channels_last=True,
+)
+PRESETS = {
+    'digits': Recipe(
+        model='resnet18_fmd_cifar', dataset='digits', image_size=8, crop='pad', hflip=0.0, epochs=10, batch_size=64,
+        lr=0.05, weight_decay=5e-4, warmup_epochs=1, clip_grad=5.0, num_workers=0,
+    ),
+    'cifar10': dataclasses.replace(CIFAR, dataset='uoft-cs/cifar10'),
+    'cifar100': dataclasses.replace(CIFAR, dataset='uoft-cs/cifar100', label_column='fine_label'),
+    'imagenet': Recipe(dataset='ILSVRC/imagenet-1k', channels_last=True, num_workers=8),
+}
+# Options that change how a run is executed and not what it computes: a run may be resumed with other ones.
+EXECUTION = ('num_workers', 'tracker')
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """preset, recipe, output and resume."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument('preset', nargs='?', choices=PRESETS, default='digits')
+    preset = first.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0].preset
+
+    parser = argparse.ArgumentParser(
+        prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('preset', nargs='?', choices=PRESETS, default='digits', help='the published run to start from')
+    parser.add_argument('--output', type=Path, help='folder for the results (runs/<preset>)')
+    parser.add_argument('--resume', metavar='auto|FOLDER', help="checkpoint to go on from; 'auto' is the output's last")
+    options = parser.add_argument_group(f'values of the preset {preset}')
+    for field in dataclasses.fields(Recipe):
+        value = getattr(PRESETS[preset], field.name)
+        kwargs = dict(default=value, help=f'{field.metadata["help"]} ({value})'.replace('%', '%%'))
+        if field.type is bool:
+            kwargs['action'] = argparse.BooleanOptionalAction
+        else:
+            kinds = [kind for kind in getattr(field.type, '__args__', (field.type,)) if kind is not type(None)]
+            kwargs |= dict(type=kinds[0], metavar=kinds[0].__name__)
+        options.add_argument('--' + field.name.replace('_', '-'), **kwargs)
+    args = vars(parser.parse_args(argv))
+    output, resume, preset = args.pop('output'), args.pop('resume'), args.pop('preset')
+    return argparse.Namespace(
+        preset=preset, recipe=Recipe(**args), output=output or Path('runs', preset), resume=resume)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse values that can't work before anything is loaded."""
+    def refuse(name: str, expected: str) -> None:
+        raise SystemExit(f'--{name.replace("_", "-")} must be {expected}, got {getattr(recipe, name)!r}')
+
+    if not timm.is_model(recipe.model):
+        refuse('model', f'a model registered in timm, such as {", ".join(timm.list_models("*_fmd*"))}')
+    for name in 'image_size', 'epochs', 'batch_size', 'accumulate':
+        if getattr(recipe, name) < 1:
+            refuse(name, 'at least 1')
+    for name in 'hflip', 'reprob', 'annealed_by':
+        if not 0 <= getattr(recipe, name) <= 1:
+            refuse(name, 'between 0 and 1')
+    for name in 'smoothing', 'ema_decay', 'momentum':
+        if not 0 <= getattr(recipe, name) < 1:
+            refuse(name, 'at least 0 and below 1')
+    for name in 'lr', 'temperature', 'clip_grad':
+        value = getattr(recipe, name)
+        if value is not None and not 0 < value < math.inf:
+            refuse(name, 'positive and finite')
+    for name in 'weight_decay', 'mixup', 'cutmix', 'warmup_epochs', 'num_workers':
+        if not 0 <= getattr(recipe, name) < math.inf:
+            refuse(name, 'at least 0')
+    for name, choices in dict(crop=('rrc', 'pad'), precision=('auto', 'bf16', 'fp16', 'fp32')).items():
+        if getattr(recipe, name) not in choices:
+            refuse(name, f'one of {", ".join(choices)}')
+    trackers = ['none', *(tracker.value for tracker in get_available_trackers())]
+    if recipe.tracker not in trackers:
+        refuse('tracker', f'one of {", ".join(trackers)} (those that are installed)')
+
+
+def open_images(recipe: Recipe) -> dict[str, LabelledImages]:
+    """The images to train and to validate on, without their transforms."""
+    dataset = open_dataset(recipe.dataset)
+    splits = dict(
+        train=choose_split(dataset, recipe.dataset, recipe.train_split, ()),
+        validation=choose_split(dataset, recipe.dataset, recipe.validation_split, VALIDATION_SPLITS),
+    )
+    images = {
+        part: LabelledImages(
+            dataset[split], split, f'{recipe.dataset} split {split!r}', image_column=recipe.image_column,
+            label_column=recipe.label_column, seed=recipe.seed,
+        ) for part, split in splits.items()
+    }
+    train, validation = images['train'], images['validation']
+    # Plain integers have no names beyond the largest label of a split.
+    if validation.label_names != train.label_names[:len(validation.label_names)]:
+        raise SystemExit(f'{validation.name} has classes {validation.label_names}, {train.name} {train.label_names}')
+    if recipe.batch_size > len(train):
+        raise SystemExit(f'--batch-size must be at most the {len(train)} training images, got {recipe.batch_size}')
+    return images
+
+
+def check_finite(loss: torch.Tensor | None, step: int, optimizer: torch.optim.Optimizer) -> None:
+    if loss is not None and not math.isfinite(loss.item()):
+        raise SystemExit(
+            f'the loss is {loss.item()} at step {step} with learning rate {optimizer.param_groups[0]["lr"]:.4g}; '
+            f'the last checkpoint is from before it'
+        )
+
+
+def command_line() -> str:
+    """How this process was started, as one would type it."""
+    launcher = 'accelerate launch' if 'ACCELERATE_MIXED_PRECISION' in os.environ else 'python'
+    return f'{launcher} recipes/train.py {shlex.join(sys.argv[1:])}'.strip()
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, '-dirty' if files differ from it; None outside of one."""
+    command = ['git', 'describe', '--always', '--abbrev=40', '--dirty', '--exclude=*']
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
+    # Everything that can be refused, the cheapest first
+    check_recipe(recipe)
+    precision = recipe.precision
+    if precision == 'auto':
+        precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'fp32'
+    accelerator = Accelerator(
+        mixed_precision='no' if precision == 'fp32' else precision,
+        gradient_accumulation_steps=recipe.accumulate,
+        # batch_size is over all processes, so that a recipe means the same on any number of them
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        log_with=None if recipe.tracker == 'none' else recipe.tracker,
+        project_config=ProjectConfiguration(output, logging_dir=output / 'logs'),
+    )
+    use_all_cores(accelerator)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    parts = accelerator.num_processes * recipe.accumulate * (2 if recipe.mixup or recipe.cutmix else 1)
+    if recipe.batch_size % parts:
+        raise SystemExit(
+            f'--batch-size must be a multiple of {parts} (processes, accumulation steps, pairs of mixup and CutMix), '
+            f'got {recipe.batch_size}'
+        )
+    parameters = sum(p.numel() for p in timm.create_model(recipe.model, device='meta').parameters())
+    checkpoint = checkpoints.check_output(output, resume, model_bytes=4 * parameters)
+    # The settings that must agree with a checkpoint's; the others change how a run is executed, not its result.
+    settings = dict(preset=preset, **dataclasses.asdict(recipe))
+    del settings['num_workers'], settings['tracker']
+    progress = dict(settings=settings, epochs_done=0, epoch_seconds=[], metrics=None, best_epoch=0, best_top1=-1.0)
+    if checkpoint:
+        progress = checkpoints.read_progress(checkpoint, settings)
+    with accelerator.main_process_first():  # downloads and checks once
+        images = open_images(recipe)
+        if is_main:
+            for part in images.values():
+                part.check_decodable()
+
+    # Model, data, optimization
+    set_seed(recipe.seed)
+    label_names = images['train'].label_names
+    input_size = (3, recipe.image_size, recipe.image_size)
+    model = timm.create_model(recipe.model, num_classes=len(label_names))
+    parameters = sum(p.numel() for p in model.parameters())
+    data_config = dict(resolve_model_data_config(model), input_size=input_size)
+    images['train'].transform = train_transform(
+        recipe.image_size, recipe.crop, recipe.hflip, recipe.aa, data_config['interpolation'], data_config['mean'])
+    images['validation'].transform = eval_transform(data_config)
+    loader_args = dict(
+        batch_size=recipe.batch_size // recipe.accumulate, num_workers=recipe.num_workers,
+        persistent_workers=recipe.num_workers > 0, pin_memory=device.type == 'cuda',
+    )
+    train_loader = DataLoader(images['train'], shuffle=True, drop_last=True, **loader_args)
+    validation_loader = DataLoader(images['validation'], **loader_args)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.compile:
+        model.compile()
+    is_dynamic = any(isinstance(module, FMDConv2d) for module in model.modules())
+    optimizer = create_optimizer_v2(
+        model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
+    ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True, device=device) if recipe.ema_decay else None
+    model, optimizer, train_loader, validation_loader = accelerator.prepare(
+        model, optimizer, train_loader, validation_loader)
+    steps_per_epoch = math.ceil(len(train_loader) / recipe.accumulate)
+    total_steps = recipe.epochs * steps_per_epoch
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched='cosine', num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs, warmup_lr=0.0,
+        step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+    )
+    accelerator.register_for_checkpointing(scheduler, *([ema] if ema else []))
+    normalize = Normalize(data_config['mean'], data_config['std'], recipe.channels_last).to(device)
+    erase = RandomErasing(recipe.reprob, mode='pixel', device=device)
+    mixup, criterion = None, LabelSmoothingCrossEntropy(recipe.smoothing)
+    if recipe.mixup or recipe.cutmix:
+        mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(label_names))
+        criterion = SoftTargetCrossEntropy()
+    evaluated = ema.module if ema else model
+    set_seed(recipe.seed, device_specific=True)  # mixup and dropout differ between the processes
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+    if recipe.tracker != 'none':
+        accelerator.init_trackers('fmd_timm', {k: v for k, v in settings.items() if v is not None})
+
+    # The loop
+    step = progress['epochs_done'] * steps_per_epoch
+    for epoch in range(progress['epochs_done'], recipe.epochs):
+        images['train'].set_epoch(epoch)
+        train_loader.set_epoch(epoch)
+        model.train()
+        synchronize(device)
+        start, last_loss = time.perf_counter(), None
+        for batch, labels in tqdm(
+                train_loader, f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1, disable=not is_main):
+            with accelerator.accumulate(model):
+                if is_dynamic:
+                    temperature = annealed_temperature(step / total_steps, recipe.temperature, recipe.annealed_by)
+                    set_temperature(model, kernel=temperature)
+                batch = erase(normalize(batch))
+                if mixup:
+                    batch, labels = mixup(batch, labels)
+                with accelerator.autocast():
+                    loss = criterion(model(batch), labels)
+                # The loss before this one is known by now; to wait for this one would stall the device.
+                check_finite(last_loss, step - 1, optimizer)
+                last_loss = loss.detach()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and recipe.clip_grad:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                step += 1
+                scheduler.step_update(step)
+                if ema:
+                    ema.update(accelerator.unwrap_model(model), step)
+                    if is_dynamic:
+                        set_temperature(ema.module, kernel=temperature)  # the present one, not an average
+        check_finite(last_loss, step - 1, optimizer)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+
+        metrics = score(accelerator, evaluated, validation_loader, normalize, len(images['validation']))
+        progress |= dict(epochs_done=epoch + 1, metrics=metrics, epoch_seconds=[*progress['epoch_seconds'], seconds])
+        if metrics['top1'] > progress['best_top1']:
+            progress |= dict(best_top1=metrics['top1'], best_epoch=epoch + 1)
+        logged = dict(metrics, train_loss=last_loss.item(), lr=optimizer.param_groups[0]['lr'], epoch_seconds=seconds)
+        accelerator.log(logged, step=epoch + 1)
+        accelerator.print(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4g}' for name, value in logged.items()))
+        checkpoints.save(accelerator, output / 'checkpoints', progress)
+
+    # The result
+    if is_main:
+        metrics, final = progress['metrics'], accelerator.unwrap_model(evaluated)
+        save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=data_config)
+        accuracy = metrics['top1'] / 100
+        epoch_seconds = statistics.median(progress['epoch_seconds'][1:] or progress['epoch_seconds'])
+        inference = time_inference(
+            accelerator, final, input_size, min(recipe.batch_size, len(images['validation'])), recipe.channels_last)
+        record = dict(
+            model=recipe.model, model_args={}, preset=preset, recipe=dataclasses.asdict(recipe),
+            command=command_line(), dataset=recipe.dataset,
+            train_split=images['train'].split, train_images=len(images['train']),
+            validation_split=images['validation'].split, validation_images=len(images['validation']),
+            num_classes=len(label_names), label_names=label_names,
+            **metrics, best_top1=progress['best_top1'], best_epoch=progress['best_epoch'],
+            epochs=recipe.epochs, epoch_seconds=progress['epoch_seconds'], median_epoch_seconds=epoch_seconds,
+            ies=ies(epoch_seconds, accuracy), rcs=rcs(epoch_seconds, accuracy),
+            train_images_per_second=steps_per_epoch * recipe.batch_size / epoch_seconds,
+            **inference, ies_infer=ies_infer(inference['infer_ms_per_image'], accuracy),
+            rcs_infer=rcs_infer(inference['infer_images_per_second'], accuracy),
+            peak_memory_mib=peak_memory_mib(device), parameters=parameters, gmacs=count_gmacs(final, input_size),
+            device=device_name(device), device_type=device.type, device_count=accelerator.num_processes,
+            precision=precision, input_size=input_size, global_batch=recipe.batch_size, seed=recipe.seed,
+            versions=versions(), git_commit=git_commit(),
+            finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+        )
+        unfinished = output / '.result.json'
+        unfinished.write_text(json.dumps(record, indent=2))
+        unfinished.rename(output / 'result.json')
+    accelerator.end_training()
+
+
+if __name__ == '__main__':
+    main(**vars(parse_arguments(sys.argv[1:])))

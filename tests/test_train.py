@@ -1,0 +1,267 @@
+"""recipes/train.py: what it leaves, that it can be stopped and go on, and what it refuses."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import checkpoints
+import data
+import datasets
+import pytest
+import timm
+import tiny
+import torch
+import train
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from fmd_timm.schedule import annealed_temperature
+
+RECIPES = Path(train.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope='module')
+def digits_folder(tmp_path_factory):
+    """64 digits to train and 50 to validate, as a folder of parquet files."""
+    folder = tmp_path_factory.mktemp('digits')
+    digits = data.load_digits()
+    digits['train'].select(range(64)).to_parquet(folder / 'train.parquet')
+    digits['test'].select(range(50)).to_parquet(folder / 'test.parquet')
+    return folder
+
+
+def make_recipe(folder, **changes):
+    base = dict(model=tiny.NAME, dataset=str(folder), epochs=2, batch_size=16, warmup_epochs=0, tracker='none')
+    return dataclasses.replace(train.PRESETS['digits'], **dict(base, **changes))
+
+
+def run(recipe, output, resume=None):
+    train.main('digits', recipe, output, resume)
+    return json.loads((output / 'result.json').read_text())
+
+
+def launch(processes, *arguments):
+    """tests/tiny.py as recipes/train.py on several CPU processes, which `accelerate launch --cpu` does not start."""
+    env = dict(os.environ, ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1', PYTHONPATH=str(RECIPES))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
+    done = subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folder, tmp_path):
+    result = run(make_recipe(digits_folder, tracker='tensorboard'), tmp_path)
+    assert result['validation_images'] == 50 and result['train_images'] == 64
+    assert 0 <= result['top1'] <= result['top5'] <= 100
+    assert len(result['epoch_seconds']) == 2 and result['median_epoch_seconds'] == result['epoch_seconds'][1]
+    if result['top1']:
+        assert result['ies'] * result['rcs'] == pytest.approx(1)
+    assert result['parameters'] == sum(p.numel() for p in timm.create_model(tiny.NAME).parameters())
+    assert result['gmacs'] > 0 and result['peak_memory_mib'] > 0 and result['infer_ms_per_image'] > 0
+    assert {'torch', 'timm', 'fmd-timm'} <= result['versions'].keys()
+    assert list((tmp_path / 'logs').rglob('events*'))
+
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert model.pretrained_cfg['input_size'] == (3, 8, 8)
+    assert model.pretrained_cfg['label_names'] == [str(digit) for digit in range(10)]
+    assert all(m.kernel_temperature.item() == 1 for m in model.modules() if hasattr(m, 'kernel_temperature'))
+    images = data.LabelledImages(
+        data.open_dataset(str(digits_folder))['test'], 'test', 'test',
+        data.eval_transform(timm.data.resolve_model_data_config(model)))
+    normalize = data.Normalize(model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
+    batch, labels = torch.utils.data.default_collate([images[i] for i in range(50)])
+    with torch.no_grad():
+        right = (model(normalize(batch)).argmax(1) == labels).sum().item()
+    assert 100 * right / 50 == pytest.approx(result['top1'])
+
+
+def test_a_resumed_run_ends_with_the_same_weights(digits_folder, tmp_path, monkeypatch):
+    recipe = make_recipe(
+        digits_folder, epochs=3, mixup=0.2, cutmix=0.2, reprob=0.25, aa='rand-m5', ema_decay=0.9, accumulate=2,
+        annealed_by=0.9,
+    )
+    uninterrupted = run(recipe, tmp_path / 'uninterrupted')
+
+    save = checkpoints.save
+
+    def save_and_stop(accelerator, folder, progress):
+        save(accelerator, folder, progress)
+        if progress['epochs_done'] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, 'save', save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / 'resumed')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(1234)  # a new process starts with other random states
+    resumed = run(recipe, tmp_path / 'resumed', resume='auto')
+
+    expected = load_file(tmp_path / 'uninterrupted' / 'model.safetensors')
+    for key, tensor in load_file(tmp_path / 'resumed' / 'model.safetensors').items():
+        assert torch.equal(tensor, expected[key]), key
+    assert len(resumed['epoch_seconds']) == 3
+    for key in 'top1', 'top5', 'loss', 'best_top1', 'best_epoch':
+        assert resumed[key] == uninterrupted[key]
+
+
+def test_the_seed_fixes_the_run(digits_folder, tmp_path):
+    losses = []
+    for i, seed in enumerate((1, 1, 2)):
+        losses.append(run(make_recipe(digits_folder, epochs=1, seed=seed), tmp_path / str(i))['loss'])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_two_processes_count_every_validation_image_once(digits_folder, tmp_path):
+    arguments = ['digits', '--model', tiny.NAME, '--dataset', digits_folder, '--epochs', 1, '--batch-size', 16,
+                 '--tracker', 'none']
+    launch(2, tiny.__file__, *arguments, '--output', tmp_path / 'two')
+    two = json.loads((tmp_path / 'two' / 'result.json').read_text())
+    assert two['device_count'] == 2 and two['validation_images'] == 50
+    evaluated = subprocess.run(
+        [sys.executable, '-c', 'import tiny, evaluate; evaluate.main()', tmp_path / 'two', '--dataset', digits_folder],
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(RECIPES), str(Path(__file__).parent)])),
+        capture_output=True, text=True, timeout=300,
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    lines = dict(line.split(': ', 1) for line in evaluated.stdout.splitlines() if ': ' in line)
+    assert lines['top-1'] == f'{two["top1"]:.2f}' and lines['loss'] == f'{two["loss"]:.4f}'
+    assert lines['images'] == '50'
+
+
+def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(digits_folder, tmp_path):
+    """Every image has a label of its own, which the loss function sees."""
+    rows = data.open_dataset(str(digits_folder))
+    for split, count in ('train', 64), ('test', 64):
+        table = datasets.Dataset.from_dict(
+            {'image': [rows['train'][i]['image'] for i in range(count)], 'label': list(range(count))},
+            features=datasets.Features(image=datasets.Image(), label=datasets.Value('int64')))
+        table.to_parquet(tmp_path / 'rows' / f'{split}.parquet')
+    script = tmp_path / 'script.py'
+    script.write_text(f'''
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import tiny, train
+
+class Recorder(train.LabelSmoothingCrossEntropy):
+    def forward(self, logits, labels):
+        with open({str(tmp_path)!r} + '/labels' + os.environ['RANK'], 'a') as file:
+            file.write(' '.join(map(str, labels.tolist())) + chr(10))
+        return super().forward(logits, labels)
+
+train.LabelSmoothingCrossEntropy = Recorder
+train.main(**vars(train.parse_arguments(sys.argv[1:])))
+''')
+    launch(2, script, 'digits', '--model', tiny.NAME, '--dataset', tmp_path / 'rows', '--epochs', 2, '--batch-size', 16,
+           '--tracker', 'none', '--output', tmp_path / 'run')
+    lines = [(tmp_path / f'labels{rank}').read_text().splitlines() for rank in (0, 1)]
+    seen = [[list(map(int, line.split())) for line in of_rank] for of_rank in lines]
+    assert [len(lines) for lines in seen] == [8, 8]  # 2 epochs of 64 / 16 steps
+    for epoch in range(2):
+        first, second = (sum(lines[4 * epoch:4 * epoch + 4], []) for lines in seen)
+        assert sorted(first + second) == list(range(64))
+    assert seen[0][:4] != seen[0][4:]
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(digits_folder, tmp_path, monkeypatch):
+    accuracies = iter([10.0, 90.0, 20.0, 30.0, 40.0])
+    monkeypatch.setattr(train, 'score', lambda *args: dict(top1=next(accuracies), top5=100.0, loss=1.0))
+    run(make_recipe(digits_folder, epochs=5), tmp_path)
+    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['epoch_0002', 'epoch_0004', 'epoch_0005']
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits_folder, tmp_path, monkeypatch):
+    normalize = data.Normalize.forward
+    calls = []
+
+    def poisoned(self, images):
+        calls.append(1)
+        # 4 batches to train and 4 to validate in epoch 1: the tenth is step 5, the second of epoch 2
+        return normalize(self, images) * (float('nan') if len(calls) == 10 else 1)
+
+    monkeypatch.setattr(data.Normalize, 'forward', poisoned)
+    with pytest.raises(SystemExit, match=r'the loss is nan at step 5 with learning rate 0\.0'):
+        run(make_recipe(digits_folder), tmp_path)
+    assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['epoch_0001']
+    assert not (tmp_path / 'result.json').exists()
+
+
+def test_every_preset_is_valid_and_help_shows_its_values(capsys):
+    for preset, recipe in train.PRESETS.items():
+        train.check_recipe(recipe)
+        with pytest.raises(SystemExit) as exit:
+            train.parse_arguments([preset, '--help'])
+        assert exit.value.code == 0
+        text = capsys.readouterr().out
+        assert f'({recipe.dataset})' in text and f'({recipe.lr})' in text
+        for field in dataclasses.fields(train.Recipe):
+            assert '--' + field.name.replace('_', '-') in text
+    assert train.parse_arguments(['cifar10', '--lr', '0.2', '--no-channels-last']).recipe == dataclasses.replace(
+        train.PRESETS['cifar10'], lr=0.2, channels_last=False)
+
+
+@pytest.mark.parametrize('arguments', [['cifar11'], ['digits', '--learning-rate', '1'], ['digits', '--epochs', 'many']])
+def test_unknown_presets_and_options_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(arguments)
+    assert 'error: ' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(model='resnet18_fdm'), r"--model must be a model registered in timm.*resnet18_fmd.*got 'resnet18_fdm'"),
+    (dict(temperature=0.0), '--temperature must be positive and finite, got 0.0'),
+    (dict(lr=-1.0), '--lr must be positive and finite, got -1.0'),
+    (dict(epochs=0), '--epochs must be at least 1, got 0'),
+    (dict(annealed_by=2.0), '--annealed-by must be between 0 and 1, got 2.0'),
+    (dict(crop='center'), "--crop must be one of rrc, pad, got 'center'"),
+    (dict(precision='int8'), "--precision must be one of auto, bf16, fp16, fp32, got 'int8'"),
+    (dict(tracker='paper'), "--tracker must be one of none,.*got 'paper'"),
+    (dict(batch_size=65), '--batch-size must be at most the 64 training images, got 65'),
+    (dict(batch_size=15, accumulate=2), '--batch-size must be a multiple of 2 .*, got 15'),
+    (dict(dataset='/no/such/folder'), "dataset '/no/such/folder'.* expected"),
+    (dict(validation_split='dev'), "has no split 'dev'; it has train, test"),
+    (dict(label_column='image'), "label column 'image' is not one of labels; it has image \\(Image\\), label"),
+])
+def test_bad_values_are_named_before_training(change, message, digits_folder, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(make_recipe(digits_folder, **change), tmp_path)
+
+
+def test_output_that_cannot_be_written_is_named(digits_folder, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(SystemExit, match='--output .*file/run cannot be written'):
+        run(make_recipe(digits_folder), tmp_path / 'file' / 'run')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(checkpoints.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(SystemExit, match='--output .* has 1 MiB free, checkpoints need'):
+        run(make_recipe(digits_folder), tmp_path / 'full')
+
+
+def test_another_run_is_neither_overwritten_nor_resumed_with_other_settings(digits_folder, tmp_path):
+    run(make_recipe(digits_folder, epochs=1), tmp_path)
+    for resume, changes, message in [
+        (None, {}, 'holds another run'),
+        ('auto', dict(model='resnet18'), "is of a run with model 'tiny_dynamic', this one has 'resnet18'"),
+        ('auto', dict(lr=0.01), 'is of a run with lr 0.05, this one has 0.01'),
+        (str(tmp_path / 'nowhere'), {}, "--resume must be 'auto' or the folder of a checkpoint"),
+    ]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(SystemExit, match=message):
+            run(make_recipe(digits_folder, **dict(dict(epochs=1), **changes)), tmp_path, resume)
+
+
+def test_temperature_falls_linearly_and_stays_at_one():
+    assert [annealed_temperature(p, 30, 0.5) for p in (0, 0.25, 0.5, 1)] == [30, 15.5, 1, 1]
+    assert annealed_temperature(0, annealed_by=0) == 1
+    for arguments in dict(progress=1.5), dict(progress=0, start=0), dict(progress=0, annealed_by=-1):
+        with pytest.raises(ValueError, match=f'got {list(arguments.values())[-1]}'):
+            annealed_temperature(**arguments)
