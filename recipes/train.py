@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 from fmd_timm import FMDConv2d, set_temperature
 from fmd_timm.hub import save_for_hub
+from fmd_timm.model_card import results_table
 from fmd_timm.schedule import annealed_temperature
 from fmd_timm.scores import ies, ies_infer, rcs, rcs_infer
 
@@ -357,7 +358,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
             accelerator, final, input_size, min(recipe.batch_size, len(images['validation'])), recipe.channels_last)
         record = dict(
             model=recipe.model, model_args={}, preset=preset, recipe=dataclasses.asdict(recipe),
-            command=command_line(), dataset=recipe.dataset,
+            command=command_line(),
+            dataset=Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset,
             train_split=images['train'].split, train_images=len(images['train']),
             validation_split=images['validation'].split, validation_images=len(images['validation']),
             num_classes=len(label_names), label_names=label_names,
@@ -376,6 +378,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
         unfinished = output / '.result.json'
         unfinished.write_text(json.dumps(record, indent=2))
         unfinished.rename(output / 'result.json')
+        print(results_table(record))
     accelerator.end_training()
 
 

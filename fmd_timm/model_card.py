@@ -1,0 +1,238 @@
+"""A run record (`result.json`, which training writes) -> the README.md of a Hub repository.
+
+Every number of a card comes from the record, so a card can't state what nobody measured.
+"""
+import json
+import math
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+__all__ = ['make_card', 'results_table']
+
+REQUIRED = (
+    'model', 'model_args', 'command', 'dataset', 'train_split', 'train_images', 'validation_split',
+    'validation_images', 'num_classes', 'top1', 'top5', 'loss', 'epochs', 'infer_batch', 'parameters', 'gmacs',
+    'device', 'device_count', 'precision', 'input_size', 'global_batch', 'seed', 'versions', 'finished',
+)
+# None where it could not be measured: a score without accuracy, the memory of a CPU, code outside of git.
+MAY_BE_NONE = (
+    'preset', 'median_epoch_seconds', 'ies', 'rcs', 'ies_infer', 'rcs_infer', 'train_images_per_second',
+    'infer_images_per_second', 'peak_memory_mib', 'git_commit',
+)
+
+TABLE = Template('''\
+| | |
+|---|---|
+| Top-1 accuracy | $top1 % |
+| Top-5 accuracy | $top5 % |
+| Cross-entropy | $loss |
+| Validation images | $validation_images |
+| Training epoch, median | $median_epoch_seconds |
+| IES, training: epoch time / top-1 as a fraction | $ies |
+| RCS, training: top-1 as a fraction / epoch time | $rcs |
+| IES, inference: time per correct image | $ies_infer |
+| RCS, inference: correct images per second | $rcs_infer |
+| Throughput, training | $train_images_per_second |
+| Throughput, inference, batch $infer_batch | $infer_images_per_second |
+| Peak memory | $peak_memory_mib |
+| Parameters | $parameters |
+| GMACs | $gmacs |
+| Hardware | $device_count x $device |
+| Precision | $precision |
+| Input (channels, height, width) | $input_size |
+| Global batch | $global_batch |
+''')
+
+CARD = Template('''
+# $name
+
+`$model`, an image classifier with the dynamic convolutions of [FMDConv](https://arxiv.org/abs/2503.17530), trained on
+`$dataset`. It is a model for [timm](https://github.com/huggingface/pytorch-image-models): the package `fmd_timm`
+registers its architecture there.
+
+$table
+
+## Usage
+
+```python
+import fmd_timm  # registers the architecture with timm
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model('hf-hub:$repo', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+image = Image.new('$mode', ($width, $height))  # yours: Image.open('image.png').convert('$mode')
+with torch.no_grad():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
+labels = model.pretrained_cfg.get('label_names') or range(model.num_classes)
+for probability, index in zip(*probabilities.topk($topk)):
+    print(f'{labels[index]}: {probability:.1%}')
+```
+
+The same network in transformers, which also needs `import fmd_timm` first:
+
+```python
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained('$repo').eval()
+with torch.no_grad():
+    logits = model(transform(image).unsqueeze(0)).logits
+```
+
+## Training
+
+```bash
+$command
+```
+
+| | |
+|---|---|
+| Architecture | `$model`, $model_args |
+| Dataset | `$dataset`, $num_classes classes |
+| Training split | `$train_split`, $train_images images |
+| Validation split | `$validation_split`, $validation_images images |
+| Preset | $preset |
+| Epochs | $epochs |
+| Seed | $seed |
+| Versions | $versions |
+| Code | $git_commit |
+| Finished | $finished |
+
+`result.json` is the whole record of the run, with every setting of the recipe.
+
+## Differences from the paper
+
+- The temperature of the kernel attention is annealed, as the paper says. In the authors' code it stays 34 and only that
+  of the channel attentions is annealed.
+- The dynamic convolutions have no bias unless `conv_bias=True`; a BatchNorm follows each.
+- A training batch of one image uses the running statistics of the attention's BatchNorm, where the authors' code fails.
+
+## Limits
+
+- One run with one seed: the spread over seeds is not known from it.
+- Times, throughputs and scores compare only on the same hardware, with the same precision, resolution and batch. IES
+  and RCS of training are reciprocals of each other and don't count the epochs.
+- Accuracy was measured on `$dataset` only.
+
+## Licence and citation
+
+The weights and the code are under the Apache License 2.0.
+
+```bibtex
+@article{zhang2025fmdconv,
+  title = {{FMDConv}: Fast Multi-Attention Dynamic Convolution via Speed-Accuracy Trade-off},
+  author = {Zhang, Tianyu and Wan, Fan and Duan, Haoran and Tong, Kevin W. and Deng, Jingjing and Long, Yang},
+  journal = {Knowledge-Based Systems},
+  volume = {317},
+  pages = {113393},
+  year = {2025},
+  doi = {10.1016/j.knosys.2025.113393},
+  eprint = {2503.17530},
+  archivePrefix = {arXiv}
+}
+@misc{rw2019timm,
+  title = {{PyTorch} Image Models},
+  author = {Ross Wightman},
+  year = {2019},
+  publisher = {GitHub},
+  doi = {10.5281/zenodo.4414861},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}
+```
+''')
+
+
+def _number(value: float | None, unit: str = '') -> str:
+    """Four significant digits or all before the point: 12,346 or 0.01235."""
+    if value is None:
+        return '-'
+    digits = 0 if isinstance(value, int) else 3 - math.floor(math.log10(abs(value) or 1.))
+    return f'{value:,.{max(digits, 0)}f} {unit}'.rstrip()
+
+
+def results_table(record: dict[str, Any]) -> str:
+    """What the run achieved, on what hardware, as a Markdown table.
+
+    Args:
+        record: What training wrote to `result.json`.
+    """
+    return TABLE.substitute(
+        record,
+        top1=f'{record["top1"]:.2f}',
+        top5=f'{record["top5"]:.2f}',
+        loss=f'{record["loss"]:.4f}',
+        validation_images=_number(record['validation_images']),
+        median_epoch_seconds=_number(record['median_epoch_seconds'], 's'),
+        ies=_number(record['ies'], 's'),
+        rcs=_number(record['rcs'], '1/s'),
+        ies_infer=_number(record['ies_infer'], 'ms'),
+        rcs_infer=_number(record['rcs_infer'], '1/s'),
+        train_images_per_second=_number(record['train_images_per_second'], 'images/s'),
+        infer_images_per_second=_number(record['infer_images_per_second'], 'images/s'),
+        peak_memory_mib=_number(record['peak_memory_mib'], 'MiB'),
+        parameters=_number(record['parameters']),
+        gmacs=_number(record['gmacs']),
+        input_size=' x '.join(map(str, record['input_size'])),
+    ).rstrip()
+
+
+def make_card(record: dict[str, Any], repo: str) -> ModelCard:
+    """The model card of a training run.
+
+    Args:
+        record: What training wrote to `result.json`, see `REQUIRED` and `MAY_BE_NONE`; other entries are not used.
+        repo: Hub repository 'owner/name' that the card is for.
+
+    Raises:
+        ValueError: Fields are missing from the record, or None where a value is needed; names them all.
+    """
+    missing = [name for name in REQUIRED if record.get(name) is None]
+    missing += [name for name in MAY_BE_NONE if name not in record]
+    if missing:
+        raise ValueError(f'the run record of {repo} has no {", ".join(missing)}')
+
+    name, dataset = repo.rpartition('/')[2], record['dataset']
+    channels, height, width = record['input_size']
+    results = [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=record['validation_split'],
+            metric_type='accuracy',
+            metric_name=metric,
+            metric_value=round(percent / 100, 6),
+        )
+        for metric, percent in (('top-1', record['top1']), ('top-5', record['top5']))
+    ]
+    data = ModelCardData(
+        library_name='timm',
+        license='apache-2.0',
+        pipeline_tag='image-classification',
+        tags=['timm', 'fmd_timm', 'fmdconv', 'dynamic-convolution'],
+        datasets=[dataset] if '/' in dataset else None,
+        metrics=['accuracy'],
+        model_name=name,
+        eval_results=results,
+    )
+    text = CARD.substitute(
+        record,
+        table=results_table(record),
+        repo=repo,
+        name=name,
+        train_images=_number(record['train_images']),
+        validation_images=_number(record['validation_images']),
+        mode='L' if channels == 1 else 'RGB',
+        width=width,
+        height=height,
+        topk=min(5, record['num_classes']),
+        model_args=f'`{json.dumps(record["model_args"])}`' if record['model_args'] else 'default arguments',
+        preset=record['preset'] or '-',
+        versions=', '.join(f'{package} {version}' for package, version in record['versions'].items()),
+        git_commit=f'commit `{record["git_commit"]}`' if record['git_commit'] else '-',
+    )
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}')

@@ -1,0 +1,193 @@
+"""Publish a run on the Hugging Face Hub:
+
+    python recipes/publish.py --run runs/digits --repo acme/resnet18_fmd_cifar.digits --tag digits
+
+The folder holds `model.safetensors`, `config.json` and `result.json`, as training leaves them. All is checked before
+anything is uploaded; then one commit brings these files and the card made from `result.json`, and what the Hub holds at
+that commit is compared with what was sent.
+
+With --tag the run is also recorded in hub_cards/, so that `timm.create_model('<architecture>.<tag>', pretrained=True)`
+loads this very commit. Publishing a tag again replaces its record.
+"""
+import argparse
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from timm.models import filter_pretrained_cfg
+
+import fmd_timm
+from fmd_timm.model_card import make_card
+from fmd_timm.models._pretrained import WEIGHTS_NAME
+
+CONFIG, RECORD, CARD = 'config.json', 'result.json', 'README.md'
+RUN_FILES = WEIGHTS_NAME, CONFIG, RECORD
+HUB_CARDS = Path(__file__).parents[1] / 'hub_cards'  # of this checkout, wherever fmd_timm is installed
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--run', type=Path, required=True, help='folder that training wrote')
+    parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='model repository, made if there is none')
+    parser.add_argument('--tag', help='record it in hub_cards/ as <architecture>.<tag>')
+    parser.add_argument('--private', action='store_true', help='make the repository private')
+    parser.add_argument('--dry-run', action='store_true', help='check, then print what would be pushed')
+    return parser.parse_args()
+
+
+def check_names(repo: str, tag: str | None) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise SystemExit(f'--repo {repo!r} is not valid: {error}') from error
+    if '/' not in repo:
+        raise SystemExit(f'--repo must be OWNER/NAME, got {repo!r}')
+    if tag is not None and not re.fullmatch('[A-Za-z0-9_-]+', tag):
+        raise SystemExit(f"--tag must consist of letters, digits, '_' and '-', got {tag!r}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'{path} is not readable: {error}') from error
+    if not isinstance(content, dict):
+        raise SystemExit(f'{path} must hold a JSON object, got {type(content).__name__}')
+    return content
+
+
+def load_network(run: Path, config: dict[str, Any], record: dict[str, Any]) -> nn.Module:
+    """The network as everybody will load it, if the three files of the run are of one network."""
+    architecture = config.get('architecture', '')
+    if not (timm.is_model(architecture) and timm.model_entrypoint(architecture).__module__.startswith('fmd_timm.')):
+        raise SystemExit(f'{run / CONFIG}: {architecture!r} is no architecture of fmd_timm')
+    if 'num_classes' in config.get('model_args', {}):
+        raise SystemExit(f'{run / CONFIG}: transformers refuses num_classes in model_args; save with fmd_timm.hub')
+    try:
+        network = timm.create_model(f'local-dir:{run}', pretrained=True).eval()
+    except Exception as error:  # safetensors, torch and timm each have their own
+        raise SystemExit(f'timm cannot load {run}: {type(error).__name__}: {error}') from error
+    parameters = sum(p.numel() for p in network.parameters())
+    for name, value in ('model', architecture), ('num_classes', network.num_classes), ('parameters', parameters):
+        if record[name] != value:
+            raise SystemExit(f'{run / RECORD} is of another network: {name} is {record[name]!r}, expected {value!r}')
+    if record.get('label_names') != network.pretrained_cfg.get('label_names'):
+        raise SystemExit(f'{run}: {RECORD} and {CONFIG} have different label_names')
+    return network
+
+
+def check_tag(tag: str, record: dict[str, Any], config: dict[str, Any], network: nn.Module) -> None:
+    """Arguments are not stored with a tag: the architecture's defaults have to give the same network."""
+    architecture = record['model']
+    arguments = {**config.get('model_args', {}), **record['model_args']}
+    for name in 'num_classes', 'in_chans', 'global_pool':  # timm stores them always
+        arguments.pop(name, None)
+    if arguments:
+        raise SystemExit(f'--tag {tag}: a tag is {architecture} with its default arguments, this run has {arguments}')
+    tagged = timm.create_model(architecture, pretrained=True, pretrained_cfg=network.pretrained_cfg).eval()
+    images = torch.randn(2, *network.pretrained_cfg['input_size'])
+    with torch.no_grad():
+        if not torch.allclose(tagged(images), network(images), rtol=1e-3, atol=1e-4):
+            raise SystemExit(
+                f'--tag {tag}: a tag is {architecture} with its default arguments, which give other logits than '
+                f'the model_args {config.get("model_args")} of this run'
+            )
+
+
+def check_access(api: HfApi, repo: str, private: bool) -> None:
+    user = api.whoami()
+    # what a fine-grained token may do shows only when it is used
+    if user.get('auth', {}).get('accessToken', {}).get('role') == 'read':
+        raise SystemExit(f'the token of {user["name"]} may only read, publishing takes one that may write')
+    owners = [user['name'], *(org['name'] for org in user.get('orgs', []) if org.get('roleInOrg') != 'read')]
+    if repo.partition('/')[0] not in owners:
+        raise SystemExit(f'{user["name"]} may not write to {repo}, only to repositories of {", ".join(owners)}')
+    try:
+        there = api.model_info(repo)
+    except RepositoryNotFoundError:
+        return
+    if private and not there.private:
+        raise SystemExit(f'--private: {repo} is there already and public')
+    others = sorted({file.rfilename for file in there.siblings} - {*RUN_FILES, CARD, '.gitattributes'})
+    if others:
+        raise SystemExit(f'{repo} also holds {", ".join(others)}: delete them there, or publish to another repository')
+
+
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def push(api: HfApi, repo: str, private: bool, run: Path, card: ModelCard) -> dict[str, str]:
+    """Upload, read back, compare. Returns the `hub` entry of a record in hub_cards/."""
+    with TemporaryDirectory() as folder:
+        staged = Path(folder, 'staged')
+        staged.mkdir()
+        for name in RUN_FILES:
+            shutil.copyfile(run / name, staged / name)
+        card.save(staged / CARD)
+
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message='Publish with fmd_timm').oid
+        for path in staged.iterdir():
+            back = api.hf_hub_download(repo, path.name, revision=commit, cache_dir=Path(folder, 'back'))
+            if sha256(back) != sha256(path):
+                raise SystemExit(f'{path.name} of {repo} at {commit} is not what was uploaded, publish again')
+        return {'repo': repo, 'commit': commit, 'sha256': sha256(staged / WEIGHTS_NAME)}
+
+
+def write_record(name: str, record: dict[str, Any], card: ModelCard) -> None:
+    texts = {f'{name}.md': str(card), f'{name}.json': json.dumps(record, indent=2) + '\n'}  # last: it makes the tag
+    for file, text in texts.items():
+        tmp = HUB_CARDS / f'{file}.tmp'
+        tmp.write_text(text, encoding='utf-8', newline='\n')
+        tmp.replace(HUB_CARDS / file)
+        print(f'wrote {HUB_CARDS / file}')
+
+
+def main() -> None:
+    args = parse_args()
+    check_names(args.repo, args.tag)
+    missing = [name for name in RUN_FILES if not (args.run / name).is_file()]
+    if missing:
+        raise SystemExit(f'--run {args.run} has no {", ".join(missing)}')
+    config, record = read_json(args.run / CONFIG), read_json(args.run / RECORD)
+    try:
+        card = make_card(record, args.repo)
+    except ValueError as error:
+        raise SystemExit(f'{args.run / RECORD}: {error}') from error
+    network = load_network(args.run, config, record)
+    if args.tag:
+        check_tag(args.tag, record, config, network)
+
+    if args.dry_run:
+        print(card)
+        print(f'would push to {args.repo}: {", ".join(RUN_FILES)} and the card above as {CARD}')
+        if args.tag:
+            print(f'would write {HUB_CARDS / record["model"]}.{args.tag}.json and .md')
+        return
+
+    api = HfApi(library_name='fmd_timm', library_version=fmd_timm.__version__)
+    try:
+        check_access(api, args.repo, args.private)
+        card.validate()
+        hub = push(api, args.repo, args.private, args.run, card)
+    except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
+        raise SystemExit(f'publishing to {args.repo} failed: {type(error).__name__}: {error}') from error
+    print(f'published {api.endpoint}/{args.repo}/tree/{hub["commit"]}')
+    if args.tag:
+        pretrained_cfg = filter_pretrained_cfg(network.pretrained_cfg, remove_source=True)
+        write_record(f'{record["model"]}.{args.tag}', {**record, 'hub': hub, 'pretrained_cfg': pretrained_cfg}, card)
+
+
+if __name__ == '__main__':
+    main()

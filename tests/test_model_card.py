@@ -1,0 +1,163 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from fmd_timm.hub import save_for_hub
+from fmd_timm.model_card import MAY_BE_NONE, REQUIRED, make_card
+
+HUB_CARDS = Path(__file__).parents[1] / 'hub_cards'
+REPO = 'acme/resnet18_fmd_cifar.digits'
+
+
+def make_record(**changes):
+    """What training leaves, with made-up numbers."""
+    return {
+        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'preset': 'digits', 'recipe': {'epochs': 3},
+        'command': 'python recipes/train.py --preset digits --seed 7', 'dataset': 'digits',
+        'train_split': 'train', 'train_images': 1437, 'validation_split': 'test', 'validation_images': 360,
+        'num_classes': 10, 'label_names': [f'digit {i}' for i in range(10)],
+        'top1': 97.2222, 'top5': 99.7222, 'loss': 0.12345,
+        'epochs': 3, 'epoch_seconds': [9.1, 1.2, 1.3], 'median_epoch_seconds': 1.25,
+        'ies': 1.28571, 'rcs': 0.777778, 'ies_infer': 0.0123456, 'rcs_infer': 78901.2,
+        'train_images_per_second': 1149.6, 'infer_images_per_second': 81155.7, 'infer_ms_per_image': 0.012322,
+        'infer_batch': 256, 'peak_memory_mib': 1234.7, 'parameters': 44712345, 'gmacs': 0.567891,
+        'device': 'NVIDIA H200', 'device_count': 2, 'device_type': 'cuda', 'precision': 'bf16',
+        'input_size': [3, 32, 32], 'global_batch': 128, 'seed': 7, 'versions': {'torch': '2.15.0', 'timm': '1.0.31'},
+        'git_commit': '0123456789abcdef', 'finished': '2026-11-20T12:00:00', **changes,
+    }
+
+
+def test_metadata_survives_a_round_trip():
+    card = make_card(make_record(dataset='acme/digits'), REPO)
+    again = ModelCard(str(card))
+    assert str(again) == str(card)
+    assert again.data.to_dict() == ModelCardData(**card.data.to_dict()).to_dict() == card.data.to_dict()
+    assert (again.data.library_name, again.data.license) == ('timm', 'apache-2.0')
+    assert again.data.pipeline_tag == 'image-classification'
+    assert {'timm', 'fmd_timm', 'dynamic-convolution'} <= set(again.data.tags)
+    assert again.data.model_name == 'resnet18_fmd_cifar.digits'
+    accuracies = {result.metric_name: result for result in again.data.eval_results}
+    assert accuracies.keys() == {'top-1', 'top-5'}
+    assert accuracies['top-1'].metric_value == 0.972222
+    assert accuracies['top-5'].metric_value == 0.997222
+    for result in accuracies.values():
+        assert (result.metric_type, result.task_type) == ('accuracy', 'image-classification')
+        assert (result.dataset_type, result.dataset_split) == ('acme/digits', 'test')
+
+
+def test_only_hub_ids_are_listed_as_datasets():
+    assert make_card(make_record(dataset='acme/digits'), REPO).data.datasets == ['acme/digits']
+    assert make_card(make_record(dataset='digits'), REPO).data.datasets is None
+
+
+@pytest.mark.parametrize('row', [
+    '| Top-1 accuracy | 97.22 % |',
+    '| Top-5 accuracy | 99.72 % |',
+    '| Cross-entropy | 0.1235 |',
+    '| Validation images | 360 |',
+    '| Training epoch, median | 1.250 s |',
+    '| IES, training: epoch time / top-1 as a fraction | 1.286 s |',
+    '| RCS, training: top-1 as a fraction / epoch time | 0.7778 1/s |',
+    '| IES, inference: time per correct image | 0.01235 ms |',
+    '| RCS, inference: correct images per second | 78,901 1/s |',
+    '| Throughput, training | 1,150 images/s |',
+    '| Throughput, inference, batch 256 | 81,156 images/s |',
+    '| Peak memory | 1,235 MiB |',
+    '| Parameters | 44,712,345 |',
+    '| GMACs | 0.5679 |',
+    '| Hardware | 2 x NVIDIA H200 |',
+    '| Precision | bf16 |',
+    '| Input (channels, height, width) | 3 x 32 x 32 |',
+    '| Global batch | 128 |',
+    'python recipes/train.py --preset digits --seed 7',
+    '| Architecture | `resnet18_fmd_cifar`, `{"num_kernels": 2}` |',
+    '| Dataset | `digits`, 10 classes |',
+    '| Training split | `train`, 1,437 images |',
+    '| Validation split | `test`, 360 images |',
+    '| Preset | digits |',
+    '| Epochs | 3 |',
+    '| Seed | 7 |',
+    '| Versions | torch 2.15.0, timm 1.0.31 |',
+    '| Code | commit `0123456789abcdef` |',
+    '| Finished | 2026-11-20T12:00:00 |',
+])
+def test_body_states_what_the_record_says(row):
+    assert row in make_card(make_record(model_args={'num_kernels': 2}), REPO).text.splitlines()
+
+
+@pytest.mark.parametrize('name', make_record())
+def test_a_missing_field_is_named_if_the_card_needs_it(name):
+    record = make_record()
+    del record[name]
+    if name in REQUIRED + MAY_BE_NONE:
+        with pytest.raises(ValueError, match=fr'the run record of {REPO} has no {name}$'):
+            make_card(record, REPO)
+    else:
+        assert str(make_card(record, REPO)) == str(make_card(make_record(), REPO))
+
+
+@pytest.mark.parametrize('name', REQUIRED)
+def test_a_field_without_value_is_named(name):
+    with pytest.raises(ValueError, match=fr'has no {name}$'):
+        make_card(make_record(**{name: None}), REPO)
+
+
+def test_what_was_not_measured_is_a_dash():
+    text = make_card(make_record(**dict.fromkeys(MAY_BE_NONE)), REPO).text
+    assert '| Peak memory | - |' in text
+    assert 'None' not in text
+
+
+def usage(card, folder):
+    """The Python of the card, with the Hub's repository replaced by a local folder."""
+    code = '\n'.join(re.findall(r'^```python\n(.*?)^```$', card.text, flags=re.DOTALL | re.MULTILINE))
+    assert code.count(f"'hf-hub:{REPO}'") == code.count(f"from_pretrained('{REPO}')") == 1
+    return code.replace(f'hf-hub:{REPO}', f'local-dir:{folder}').replace(f"'{REPO}'", repr(str(folder)))
+
+
+@pytest.mark.parametrize('in_chans,num_classes', [(3, 10), (1, 4)])
+def test_usage_runs_as_pasted(in_chans, num_classes, tmp_path):
+    model = timm.create_model(
+        'resnet18_fmd_cifar', in_chans=in_chans, num_classes=num_classes, channels=(8, 16, 32, 64)).eval()
+    save_for_hub(model, tmp_path, model_config=dict(label_names=[f'digit {i}' for i in range(num_classes)]))
+    card = make_card(make_record(input_size=[in_chans, 32, 32], num_classes=num_classes), REPO)
+    code = usage(card, tmp_path) + "torch.save([image.mode, transform(image), logits], 'seen.pt')\n"
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    mode, image, seen = torch.load(tmp_path / 'seen.pt')
+    assert mode == ('L' if in_chans == 1 else 'RGB')
+    with torch.no_grad():
+        logits = model(image.unsqueeze(0))
+    torch.testing.assert_close(seen, logits)
+    probabilities, indices = logits.softmax(dim=-1)[0].topk(min(5, num_classes))
+    lines = [f'digit {index}: {probability:.1%}' for probability, index in zip(probabilities, indices)]
+    assert done.stdout.splitlines() == lines
+
+
+def check_committed_card(path):
+    record = json.loads(path.read_text(encoding='utf-8'))
+    assert path.with_suffix('.md').read_text(encoding='utf-8') == str(make_card(record, record['hub']['repo']))
+
+
+def test_committed_cards_are_what_their_records_say():
+    for path in HUB_CARDS.glob('*.json'):
+        check_committed_card(path)
+
+
+def test_a_card_that_was_edited_is_noticed(tmp_path):
+    path = tmp_path / 'resnet18_fmd_cifar.digits.json'
+    path.write_text(json.dumps(make_record(hub=dict(repo=REPO))))
+    card = str(make_card(make_record(), REPO))
+    path.with_suffix('.md').write_text(card)
+    check_committed_card(path)
+    path.with_suffix('.md').write_text(card.replace('97.22', '98.22'))
+    with pytest.raises(AssertionError):
+        check_committed_card(path)

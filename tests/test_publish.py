@@ -1,0 +1,324 @@
+"""recipes/publish.py, and loading what it published, in fresh processes against a Hub on this machine."""
+import hashlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import publish
+import pytest
+import timm
+import torch
+from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, HubServer, Repo
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from test_model_card import make_record
+
+import fmd_timm
+from fmd_timm.hub import save_for_hub
+
+CHECKOUT = Path(__file__).parents[1]
+FILES = {'model.safetensors', 'config.json', 'result.json', 'README.md'}
+REPO, NAME = 'acme/digits', 'resnet18_fmd_cifar.test'
+
+LOAD = """
+import sys, timm, torch, fmd_timm
+from safetensors.torch import load_file
+for name, run in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = timm.create_model(name, pretrained=True).eval()
+    for key, tensor in load_file(f'{run}/model.safetensors').items():
+        assert torch.equal(model.state_dict()[key], tensor), f'{key} of {name} is not that of {run}'
+    images, logits = torch.load(f'{run}/logits.pt')
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), logits)
+    assert list(model.pretrained_cfg['label_names']) == [f'digit {i}' for i in range(10)], name
+"""
+
+
+def make_run(folder, **kwargs):
+    """A folder as training leaves it, of a network that nobody trained, and what that network says of some images."""
+    model = timm.create_model('resnet18_fmd_cifar', **kwargs).eval()
+    fmd_timm.set_temperature(model, kernel=3.0, gate=2.0)
+    record = make_record(model_args=kwargs, parameters=sum(p.numel() for p in model.parameters()))
+    save_for_hub(model, folder, model_config=dict(label_names=record['label_names']))
+    (folder / 'result.json').write_text(json.dumps(record))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.save((images, model(images)), folder / 'logits.pt')
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope='module')
+def hub():
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    """A copy of this checkout in which nothing is published, with a run that can get a tag."""
+    folder = tmp_path_factory.mktemp('checkout')
+    for name in 'fmd_timm', 'recipes':
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+    (folder / 'hub_cards').mkdir()
+    make_run(folder / 'run')
+    yield folder
+    shutil.rmtree(folder)  # 180 MB of weights
+
+
+@pytest.fixture(scope='module')
+def small_run(tmp_path_factory):
+    """Quick to publish, but only without a tag."""
+    folder = tmp_path_factory.mktemp('small')
+    make_run(folder, channels=[8, 16, 32, 64])
+    return folder
+
+
+@pytest.fixture
+def python(hub, checkout, tmp_path):
+    """Run Python in the copied checkout, as a user whose caches are empty."""
+    def run(*args, token=WRITE_TOKEN):
+        env = dict(hub.env(tmp_path / 'home', token), PYTHONPATH=str(checkout))
+        command = [sys.executable, *map(str, args)]
+        return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    yield run
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def published(hub, checkout, tmp_path_factory):
+    """The arguments that published the run of `checkout`."""
+    args = ['recipes/publish.py', '--run', 'run', '--repo', REPO, '--tag', 'test']
+    env = dict(hub.env(tmp_path_factory.mktemp('home')), PYTHONPATH=str(checkout))
+    done = subprocess.run([sys.executable, *args], cwd=checkout, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f'{hub.endpoint}/{REPO}' in done.stdout
+    return args
+
+
+@pytest.fixture
+def publish_offline(monkeypatch):
+    """recipes/publish.py in this process, where no connection can be made."""
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['publish.py', *map(str, args)])
+        monkeypatch.setattr(socket.socket, 'connect', lambda *_: pytest.fail('this takes no network'))
+        publish.main()
+    return run
+
+
+def record_in(checkout):
+    return json.loads((checkout / 'hub_cards' / f'{NAME}.json').read_text())
+
+
+# Publishing
+
+
+def test_the_repository_holds_the_four_files_and_nothing_else(hub, checkout, published):
+    files = hub.repos[REPO].at(record_in(checkout)['hub']['commit'])
+    assert files.keys() == FILES | {'.gitattributes'}
+    for name in FILES - {'README.md'}:
+        assert files[name] == (checkout / 'run' / name).read_bytes(), name
+    assert files['README.md'] == (checkout / 'hub_cards' / f'{NAME}.md').read_bytes()
+
+
+def test_the_hub_checks_the_card_before_a_repository_is_made(hub, published):
+    paths = [path for _, path in hub.log]
+    assert paths.index('/api/validate-yaml') < paths.index('/api/repos/create')
+
+
+def test_the_record_of_a_tag_is_that_of_the_run_and_where_its_weights_are(checkout, published):
+    record = record_in(checkout)
+    hub, cfg = record.pop('hub'), record.pop('pretrained_cfg')
+    assert record == json.loads((checkout / 'run/result.json').read_text())
+    assert hub['repo'] == REPO
+    assert hub['sha256'] == hashlib.sha256((checkout / 'run/model.safetensors').read_bytes()).hexdigest()
+    assert timm.models.PretrainedCfg(**cfg).label_names == record['label_names']
+    assert cfg['num_classes'] == 10
+    assert not {'file', 'source', 'url', 'hf_hub_id'} & cfg.keys()
+
+
+def test_a_tag_can_be_published_again(hub, checkout, python, published):
+    before = record_in(checkout)
+    edit(checkout / 'run/result.json', seed=before['seed'] + 1)
+    done = python(*published)
+    assert done.returncode == 0, done.stderr
+    after = record_in(checkout)
+    assert after['seed'] == before['seed'] + 1
+    assert after['hub']['commit'] == hub.repos[REPO].at('main').id != before['hub']['commit']
+    assert sorted(path.name for path in (checkout / 'hub_cards').iterdir()) == [f'{NAME}.json', f'{NAME}.md']
+
+
+def test_a_hub_that_does_not_hold_what_was_sent_is_noticed(checkout, python, published, monkeypatch):
+    before = record_in(checkout)
+    monkeypatch.setattr(Commit, '__getitem__', lambda self, path: self.get(path) + b' ' * (path == 'config.json'))
+    done = python(*published)
+    assert done.returncode == 1
+    assert f'config.json of {REPO} at' in done.stderr and 'is not what was uploaded' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert record_in(checkout) == before
+
+
+def test_a_run_without_tag_keeps_its_arguments(hub, python, small_run):
+    done = python('recipes/publish.py', '--run', small_run, '--repo', 'ann/small', '--private')
+    assert done.returncode == 0, done.stderr
+    assert hub.repos['ann/small'].private
+    assert hub.repos['ann/small'].at('main').keys() == FILES | {'.gitattributes'}
+    with_transformers = """
+from transformers import AutoModelForImageClassification
+wrapped = AutoModelForImageClassification.from_pretrained('ann/small').eval()
+with torch.no_grad():
+    torch.testing.assert_close(wrapped(images).logits, logits)
+"""
+    done = python('-c', LOAD + with_transformers, 'hf-hub:ann/small', small_run)
+    assert done.returncode == 0, done.stderr
+
+
+REFUSED = {
+    ('hf_wrong', 'acme/refused'): 'Invalid user token',
+    (READ_TOKEN, 'acme/refused'): 'the token of ann may only read',
+    (WRITE_TOKEN, 'other/refused'): 'ann may not write to other/refused, only to repositories of ann, acme',
+}
+
+
+def test_nothing_is_pushed_without_the_right_to(hub, python, small_run):
+    done = python('-c', f"""
+import os, sys
+sys.path.insert(0, 'recipes')
+import publish
+for token, repo in {list(REFUSED)}:
+    os.environ['HF_TOKEN'] = token
+    sys.argv = ['publish.py', '--run', {str(small_run)!r}, '--repo', repo]
+    try:
+        publish.main()
+    except SystemExit as refusal:
+        print(refusal.code)
+""")
+    assert done.returncode == 0, done.stderr
+    for message, line in zip(REFUSED.values(), done.stdout.splitlines(), strict=True):
+        assert message in line
+    assert not {'acme/refused', 'other/refused'} & hub.repos.keys()
+
+
+def test_a_repository_that_is_not_ours_is_left_alone(hub):
+    api = HfApi(endpoint=hub.endpoint, token=WRITE_TOKEN)
+    publish.check_access(api, 'acme/new', private=True)
+
+    hub.repos['acme/public'] = Repo()
+    publish.check_access(api, 'acme/public', private=False)
+    with pytest.raises(SystemExit, match='--private: acme/public is there already and public'):
+        publish.check_access(api, 'acme/public', private=True)
+
+    hub.repos['acme/public'].commits.append(Commit({'config.json': b'{}', 'pytorch_model.bin': b'.'}, 'theirs'))
+    with pytest.raises(SystemExit, match='acme/public also holds pytorch_model.bin'):
+        publish.check_access(api, 'acme/public', private=False)
+
+
+def test_a_dry_run_shows_the_card_and_writes_nothing(publish_offline, checkout, capsys):
+    folders = checkout / 'run', CHECKOUT / 'hub_cards'
+    before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
+    publish_offline('--run', checkout / 'run', '--repo', REPO, '--tag', 'dry', '--dry-run')
+    output = capsys.readouterr().out
+    assert output.startswith('---\n') and '| Top-1 accuracy | 97.22 % |' in output
+    assert f'would push to {REPO}: ' in output and all(name in output for name in FILES)
+    assert 'resnet18_fmd_cifar.dry.json' in output
+    assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('args,message', [
+    (('--repo', 'digits'), "--repo must be OWNER/NAME, got 'digits'"),
+    (('--repo', 'acme/my digits'), "--repo 'acme/my digits' is not valid"),
+    (('--repo', REPO, '--tag', 'v1.0'), "--tag must consist of letters, digits, '_' and '-', got 'v1.0'"),
+    (('--repo', REPO, '--tag', ''), "--tag must consist of .* got ''"),
+    (('--repo', REPO, '--tag', 'small'), r"with its default arguments, this run has {'channels': \[8, 16, 32, 64\]}"),
+])
+def test_arguments_are_refused(publish_offline, small_run, args, message):
+    with pytest.raises(SystemExit, match=message):
+        publish_offline('--run', small_run, *args)
+
+
+@pytest.mark.parametrize('name,content,message', [
+    ('model.safetensors', None, 'has no model.safetensors$'),
+    ('config.json', None, 'has no config.json$'),
+    ('result.json', None, 'has no result.json$'),
+    ('config.json', '{"architecture": ', 'config.json is not readable: Expecting value'),
+    ('result.json', '[]', 'result.json must hold a JSON object, got list'),
+    ('model.safetensors', 'a pickle, perhaps', 'timm cannot load .*: SafetensorError: '),
+    ('result.json', dict(top1=None), 'has no top1$'),
+    ('result.json', dict(parameters=1), 'of another network: parameters is 1, expected'),
+    ('result.json', dict(num_classes=9), 'of another network: num_classes is 9, expected 10'),
+    ('result.json', dict(model='resnet50_fmd'), "of another network: model is 'resnet50_fmd', expected 'resnet18_fmd"),
+    ('config.json', dict(label_names=['zero'] * 10), 'have different label_names'),
+    ('config.json', dict(architecture='resnet18'), "'resnet18' is no architecture of fmd_timm"),
+    ('config.json', dict(architecture='resnet'), "'resnet' is no architecture of fmd_timm"),
+    ('config.json', dict(model_args=dict(num_classes=10)), 'transformers refuses num_classes in model_args'),
+    ('config.json', dict(model_args=dict(channels=[8, 16, 32, 48])), '(?s)timm cannot load .*size mismatch'),
+])
+def test_a_damaged_run_is_refused(publish_offline, small_run, tmp_path, name, content, message):
+    run = shutil.copytree(small_run, tmp_path / 'run')
+    if content is None:
+        (run / name).unlink()
+    elif isinstance(content, str):
+        (run / name).write_text(content)
+    else:
+        edit(run / name, **content)
+    with pytest.raises(SystemExit, match=message):
+        publish_offline('--run', run, '--repo', REPO)
+
+
+@pytest.mark.parametrize('model_args,message', [
+    (dict(num_kernels=4), "with its default arguments, this run has {'num_kernels': 4}"),  # the default of today
+    (dict(global_pool='max'), "give other logits than the model_args {'global_pool': 'max'}"),
+])
+def test_a_tag_has_to_be_the_architecture_with_its_defaults(publish_offline, checkout, tmp_path, model_args, message):
+    for name in 'config.json', 'result.json':
+        shutil.copy(checkout / 'run' / name, tmp_path)
+    (tmp_path / 'model.safetensors').symlink_to(checkout / 'run/model.safetensors')
+    edit(tmp_path / 'config.json', model_args=model_args)
+    with pytest.raises(SystemExit, match=message):
+        publish_offline('--run', tmp_path, '--repo', REPO, '--tag', 'max')
+
+
+# Loading
+
+
+def test_every_name_of_a_published_model_is_the_network_of_the_run(python, published):
+    done = python('-c', LOAD, f'hf-hub:{REPO}', 'run', NAME, 'run', 'resnet18_fmd_cifar', 'run')
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_later_push_by_somebody_else_is_not_loaded_under_the_tag(hub, checkout, python, published, tmp_path):
+    theirs = load_file(checkout / 'run/model.safetensors')
+    theirs['fc.bias'] += 1
+    save_file(theirs, tmp_path / 'model.safetensors')
+    images, logits = torch.load(checkout / 'run/logits.pt')
+    torch.save((images, logits + 1), tmp_path / 'logits.pt')
+    commits = hub.repos[REPO].commits
+    commits.append(Commit(commits[-1] | {'model.safetensors': (tmp_path / 'model.safetensors').read_bytes()}, 'better'))
+    try:
+        done = python('-c', LOAD, NAME, 'run', f'hf-hub:{REPO}', tmp_path)
+    finally:
+        commits.pop()
+    assert done.returncode == 0, done.stderr
+
+
+def test_loading_names_the_repository_it_fails_on_and_can_be_repeated(hub, checkout, python, published):
+    hub.drop_next_download('model.safetensors', after_bytes=100_000)
+    done = python('-c', f"""
+import fmd_timm, timm
+for name in '{NAME}', 'hf-hub:acme/nothing':
+    try:
+        timm.create_model(name, pretrained=True)
+    except Exception as error:
+        print(type(error).__name__, ' '.join(str(error).split()))
+timm.create_model('{NAME}', pretrained=True)
+""")
+    assert done.returncode == 0, done.stderr
+    dropped, missing = done.stdout.splitlines()
+    commit = record_in(checkout)['hub']['commit']
+    assert f'could not be loaded from the Hub repository {REPO}@{commit}' in dropped
+    assert missing.startswith('RepositoryNotFoundError') and 'acme/nothing' in missing
