@@ -11,6 +11,7 @@ import publish
 import pytest
 import timm
 import torch
+from data import load_digits
 from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, HubServer, Repo
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,7 @@ FILES = {'model.safetensors', 'config.json', 'result.json', 'README.md'}
 REPO, NAME = 'acme/digits', 'resnet18_fmd_cifar.test'
 
 LOAD = """
-import sys, timm, torch, fmd_timm
+import json, sys, timm, torch, fmd_timm
 from safetensors.torch import load_file
 for name, run in zip(sys.argv[1::2], sys.argv[2::2]):
     model = timm.create_model(name, pretrained=True).eval()
@@ -33,7 +34,7 @@ for name, run in zip(sys.argv[1::2], sys.argv[2::2]):
     images, logits = torch.load(f'{run}/logits.pt')
     with torch.no_grad():
         torch.testing.assert_close(model(images), logits)
-    assert list(model.pretrained_cfg['label_names']) == [f'digit {i}' for i in range(10)], name
+    assert list(model.pretrained_cfg['label_names']) == json.load(open(f'{run}/config.json'))['label_names'], name
 """
 
 
@@ -44,7 +45,25 @@ def make_run(folder, **kwargs):
     record = make_record(model_args=kwargs, parameters=sum(p.numel() for p in model.parameters()))
     save_for_hub(model, folder, model_config=dict(label_names=record['label_names']))
     (folder / 'result.json').write_text(json.dumps(record))
-    images = torch.randn(2, 3, 32, 32)
+    save_logits(model, folder)
+
+
+def train_run(checkout, folder):
+    """The folder that training leaves after one epoch on 64 real digits."""
+    digits = load_digits()
+    digits['train'].select(range(64)).to_parquet(checkout / 'images' / 'train.parquet')
+    digits['test'].select(range(50)).to_parquet(checkout / 'images' / 'test.parquet')
+    command = [
+        sys.executable, '-m', 'accelerate.commands.launch', 'recipes/train.py', 'digits', '--dataset', 'images',
+        '--image-size', '16', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '32', '--output', folder,
+    ]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    save_logits(timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), folder)
+
+
+def save_logits(model, folder):
+    images = torch.randn(2, *model.pretrained_cfg['input_size'])
     with torch.no_grad():
         torch.save((images, model(images)), folder / 'logits.pt')
 
@@ -61,12 +80,12 @@ def hub():
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
-    """A copy of this checkout in which nothing is published, with a run that can get a tag."""
+    """A copy of this checkout in which nothing is published, with a trained run that can get a tag."""
     folder = tmp_path_factory.mktemp('checkout')
     for name in 'fmd_timm', 'recipes':
         shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
     (folder / 'hub_cards').mkdir()
-    make_run(folder / 'run')
+    train_run(folder, folder / 'run')
     yield folder
     shutil.rmtree(folder)  # 180 MB of weights
 
@@ -223,7 +242,7 @@ def test_a_dry_run_shows_the_card_and_writes_nothing(publish_offline, checkout, 
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
     publish_offline('--run', checkout / 'run', '--repo', REPO, '--tag', 'dry', '--dry-run')
     output = capsys.readouterr().out
-    assert output.startswith('---\n') and '| Top-1 accuracy | 97.22 % |' in output
+    assert output.startswith('---\n') and '| Top-1 accuracy | ' in output
     assert f'would push to {REPO}: ' in output and all(name in output for name in FILES)
     assert 'resnet18_fmd_cifar.dry.json' in output
     assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
@@ -297,6 +316,7 @@ def test_a_later_push_by_somebody_else_is_not_loaded_under_the_tag(hub, checkout
     save_file(theirs, tmp_path / 'model.safetensors')
     images, logits = torch.load(checkout / 'run/logits.pt')
     torch.save((images, logits + 1), tmp_path / 'logits.pt')
+    shutil.copy(checkout / 'run/config.json', tmp_path)
     commits = hub.repos[REPO].commits
     commits.append(Commit(commits[-1] | {'model.safetensors': (tmp_path / 'model.safetensors').read_bytes()}, 'better'))
     try:
