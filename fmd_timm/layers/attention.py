@@ -20,8 +20,9 @@ class PooledBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        use_batch = self.training and x.shape[0] > 1
-        if use_batch:
+        use_batch = False
+        if self.training and x.shape[0] > 1:  # a branch: batch_norm takes no symbolic bool (torch.compile)
+            use_batch = True
             self.num_batches_tracked.add_(1)
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, use_batch, self.momentum, self.eps)

@@ -1,0 +1,369 @@
+"""The networks are timm's, dynamic where they should be, and keep what timm asks of a model.
+
+timm's own tests of its models run on ours too: test_timm_contract.py.
+"""
+import copy
+import pickle
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import GroupNorm1, convert_sync_batchnorm
+from timm.models import group_parameters
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch.nn.init import calculate_gain
+
+from fmd_timm import FMDConv2d, set_temperature
+
+MODELS = timm.list_models('*_fmd*')
+CONV_SIZES = 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups'
+
+
+def make_model(name, **kwargs):
+    """A narrow network whose residual branches, unlike those of a new one, have an effect."""
+    torch.manual_seed(0)
+    args = dict(channels=(8, 16, 32, 64), layers=(2, 1, 1, 1), num_classes=5, zero_init_last=False)
+    return timm.create_model(name, **dict(args, **kwargs))
+
+
+def make_images(batch=2):
+    torch.manual_seed(1)
+    return torch.randn(batch, 3, 64, 64)
+
+
+def static_name(name):
+    return name.partition('_')[0]
+
+
+def dynamic_convs(model):
+    return [module for module in model.modules() if isinstance(module, FMDConv2d)]
+
+
+def test_models_are_listed():
+    assert {'resnet18_fmd', 'resnet50_fmd', 'resnet18_fmd_cifar', 'resnet50_fmd_cifar'} <= set(MODELS)
+
+
+@pytest.mark.parametrize('conv_bias', [False, True])
+@pytest.mark.parametrize('name', MODELS)
+def test_every_convolution_of_the_residual_blocks_is_dynamic_and_no_other(name, conv_bias):
+    kind = {}
+    for conv_name, conv in timm.create_model(name, device='meta', conv_bias=conv_bias).named_modules():
+        if isinstance(conv, FMDConv2d):
+            assert conv.num_kernels == 4
+            assert (conv.bias is not None) == conv_bias
+            kind[conv_name] = 'dynamic'
+        elif isinstance(conv, nn.Conv2d):
+            assert conv.bias is None
+            kind[conv_name] = 'static'
+    of_timm = timm.create_model(static_name(name), device='meta').named_modules()
+    in_block = re.compile(r'layer\d\.\d+\.conv\d')
+    assert kind == {
+        conv_name: 'dynamic' if in_block.fullmatch(conv_name) else 'static'
+        for conv_name, conv in of_timm if isinstance(conv, nn.Conv2d)
+    }
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_with_one_kernel_and_open_gates_it_is_the_resnet_of_timm(name):
+    model = make_model(name, num_kernels=1).eval()
+    for conv in dynamic_convs(model):
+        nn.init.zeros_(conv.attention.gates.weight)
+        nn.init.constant_(conv.attention.gates.bias, 100.0)  # sigmoid(100) is 1
+    static = make_model(static_name(name)).eval()
+    if name.endswith('_cifar'):
+        static.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        static.maxpool = nn.Identity()
+    static.load_state_dict({key: value for key, value in model.state_dict().items() if '.attention.' not in key})
+    x = make_images().double()
+    torch.testing.assert_close(model.double()(x), static.double()(x))
+
+
+@pytest.mark.parametrize('name', [name for name in MODELS if name.endswith('_cifar')])
+def test_cifar_stem_keeps_the_resolution(name):
+    model = timm.create_model(name, device='meta')
+    assert model.num_classes == 10
+    features = model.forward_intermediates(torch.empty(2, 3, 32, 32, device='meta'), intermediates_only=True)
+    assert [feature.shape[-1] for feature in features] == [32, 32, 16, 8, 4]
+    assert model.conv1.kernel_size == (3, 3)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_arguments_of_the_dynamic_convolutions_are_reachable(name):
+    model = make_model(name, num_kernels=2, reduction=1.0, kernel_ratio=0.5)
+    for conv in dynamic_convs(model):
+        assert conv.num_kernels == 2
+        assert conv.weight.shape[0] == 2 * conv.out_channels
+        assert conv.attention.gate_hidden == max(conv.in_channels, 16)
+        assert conv.attention.kernel_hidden == conv.in_channels // 2 + 1
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_unknown_argument_is_refused(name):
+    with pytest.raises(TypeError, match='num_kernel'):
+        timm.create_model(name, num_kernel=2)
+
+
+@pytest.mark.parametrize('name', [name for name in MODELS if not timm.is_model_pretrained(name)])
+def test_without_published_weights_pretrained_says_what_there_is(name):
+    with pytest.raises(RuntimeError, match=rf'{name} has no published weights \(published: .*pretrained=False'):
+        timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_unknown_tag_says_what_there_is(name):
+    with pytest.raises(RuntimeError, match=rf'\(in22k\) for {name}.*Published: '):
+        timm.create_model(f'{name}.in22k', pretrained=True)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_number_of_classes_and_input_channels(name):
+    assert make_model(name, num_classes=7, in_chans=1)(torch.randn(2, 1, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_forward_is_features_then_head(name):
+    model, x = make_model(name).eval(), make_images()
+    features = model.forward_features(x)
+    assert features.shape[1] == model.num_features
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, features.mean((2, 3)))
+    torch.testing.assert_close(model(x), model.get_classifier()(pooled))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_intermediates_are_those_of_the_network_also_after_pruning(name):
+    model, x = make_model(name).eval(), make_images()
+    final, intermediates = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    torch.testing.assert_close(intermediates[-1], final)
+    chosen = model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
+    torch.testing.assert_close(chosen, [intermediates[1], intermediates[3]])
+    assert model.prune_intermediate_layers([1, 2]) == [1, 2]
+    torch.testing.assert_close(model.forward_features(x), intermediates[2])
+    assert not list(model.layer3.parameters()) and not list(model.get_classifier().parameters())
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_features_only_has_the_channels_and_reductions_it_states(name):
+    model = make_model(name, features_only=True, out_indices=(0, 2, 4))
+    stated = list(zip(model.feature_info.channels(), model.feature_info.reduction()))
+    assert [reduction for _, reduction in stated] == ([1, 2, 8] if name.endswith('_cifar') else [2, 8, 32])
+    assert [(f.shape[1], 64 // f.shape[2]) for f in model(make_images())] == stated
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_output_stride_dilates_the_same_weights(name):
+    full = 8 if name.endswith('_cifar') else 32
+    state = make_model(name).state_dict()
+    for output_stride in full, full // 2, full // 4:
+        model = make_model(name, output_stride=output_stride)
+        model.load_state_dict(state)
+        assert model.forward_features(make_images()).shape[-1] == 64 // output_stride
+        assert model.feature_info[-1]['reduction'] == output_stride
+    with pytest.raises((ValueError, AssertionError)):  # the latter is timm's
+        make_model(name, output_stride=full * 2)
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('pool, factor', [('avg', 1), ('max', 1), ('avgmax', 1), ('catavgmax', 2)])
+def test_global_pool(name, pool, factor):
+    model = make_model(name, global_pool=pool)
+    assert model.head_hidden_size == factor * model.num_features == model.get_classifier().in_features
+    assert model(make_images()).shape == (2, 5)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_without_global_pool_the_output_is_the_feature_map(name):
+    model = make_model(name, num_classes=0, global_pool='').eval()
+    torch.testing.assert_close(model(make_images()), model.forward_features(make_images()))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_reset_classifier(name):
+    model, x = make_model(name, global_pool='max').eval(), make_images()
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(3)
+    assert model.num_classes == 3 and model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), pooled)
+    assert model.get_classifier(name_only=True) == 'fc'
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_reset_classifier_keeps_frozen_parameters_frozen(name):
+    model = make_model(name).requires_grad_(False)
+    model.reset_classifier(3)
+    model(make_images()).sum().backward()
+    trained = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {'fc.weight', 'fc.bias'}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_gradient_checkpointing_changes_no_gradient(name):
+    models = make_model(name), make_model(name)
+    models[1].set_grad_checkpointing()
+    for model in models:
+        model(make_images()).square().mean().backward()
+    for plain, checkpointed in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(checkpointed.grad, plain.grad)
+
+
+@pytest.mark.parametrize('coarse', [False, True])
+@pytest.mark.parametrize('name', MODELS)
+def test_parameters_of_a_block_are_one_group(name, coarse):
+    groups = group_parameters(make_model(name), make_model(name).group_matcher(coarse=coarse), reverse=True)
+    depth = 1 if coarse else 2
+    blocks = {}
+    for parameter, group in groups.items():
+        if parameter.startswith('layer'):
+            blocks.setdefault('.'.join(parameter.split('.')[:depth]), set()).add(group)
+    assert len(blocks) == (4 if coarse else 5)
+    assert all(len(group) == 1 for group in blocks.values())
+    assert len(set.union(*blocks.values())) == len(blocks)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_weight_decay_is_for_kernels_and_attention_matrices_only(name):
+    model = make_model(name, conv_bias=True)
+    no_decay, decay = param_groups_weight_decay(model, 0.1)
+    assert (no_decay['weight_decay'], decay['weight_decay']) == (0.0, 0.1)
+    name_of = {parameter: key for key, parameter in model.named_parameters()}
+    decaying = {name_of[parameter] for parameter in decay['params']}
+    matrices = {
+        f'{key}.weight' for key, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear, FMDConv2d))
+    }
+    assert decaying == matrices
+    assert {name_of[parameter] for parameter in no_decay['params']} == set(name_of.values()) - matrices
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_drop_path_drops_branches_in_training_only(name):
+    plain, model, x = make_model(name).eval(), make_model(name, drop_path_rate=0.9).eval(), make_images(8)
+    torch.testing.assert_close(model(x), plain(x))
+    assert model.layer4[0].drop_path.drop_prob == pytest.approx(0.9)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_norm_layer_replaces_the_norms_outside_the_attention(name):
+    model = make_model(name, norm_layer=GroupNorm1)
+    norms = {key for key, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    assert norms == {f'{key}.attention.bn' for key, conv in model.named_modules() if isinstance(conv, FMDConv2d)}
+    assert model(make_images()).isfinite().all()
+
+
+@pytest.mark.parametrize('zero_init_last', [False, True])
+@pytest.mark.parametrize('name', MODELS)
+def test_zero_init_last_closes_the_residual_branches(name, zero_init_last):
+    model = make_model(name, zero_init_last=zero_init_last)
+    last = 'bn2' if static_name(name) == 'resnet18' else 'bn3'
+    for stage in model.layer1, model.layer2, model.layer3, model.layer4:
+        for block in stage:
+            assert (getattr(block, last).weight == (0 if zero_init_last else 1)).all()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_init_weights_gives_each_kernel_its_own_fan_out(name):
+    model = make_model(name)
+    with torch.no_grad():
+        for conv in dynamic_convs(model):
+            conv.weight.fill_(9.0)
+    model.init_weights()
+    for conv in dynamic_convs(model):
+        expected = calculate_gain('relu') / (conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]) ** 0.5
+        for kernel in conv.weight.chunk(4):
+            # five standard errors of a standard deviation
+            assert kernel.std().item() == pytest.approx(expected, rel=5 / (2 * kernel.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('convert', [
+    pytest.param(nn.SyncBatchNorm.convert_sync_batchnorm, id='torch'),
+    pytest.param(convert_sync_batchnorm, id='timm'),
+])
+def test_sync_batchnorm_replaces_every_batchnorm_and_keeps_the_result(name, convert):
+    model = make_model(name)
+    model(make_images(4))  # statistics that are not the initial ones
+    model.eval()
+    expected, keys = model(make_images()), list(model.state_dict())
+    model = convert(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms) and len(norms) > len(dynamic_convs(model))
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(make_images()), expected)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_copies_compute_the_same(name):
+    model = make_model(name).eval()
+    set_temperature(model, kernel=17.5, gate=3.0)
+    expected = model(make_images())
+    for clone in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):
+        torch.testing.assert_close(clone(make_images()), expected)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_temperature_of_a_network_reaches_every_dynamic_convolution(name):
+    model = make_model(name).eval()
+    cold = model(make_images())
+    set_temperature(model, kernel=17.5, gate=3.0)
+    assert not torch.equal(model(make_images()), cold)
+    for conv in dynamic_convs(model):
+        assert (conv.attention.kernel_temperature.item(), conv.attention.gate_temperature.item()) == (17.5, 3.0)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_ema_follows_weights_and_temperature(name):
+    model = make_model(name)
+    ema = ModelEmaV3(model, decay=0.5)
+    before = {key: value.clone() for key, value in ema.module.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    set_temperature(model, kernel=9.0)
+    ema.update(model)
+    for key, value in ema.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (before[key] + model.state_dict()[key]) / 2)
+    set_temperature(ema, kernel=1.0)
+    assert all(conv.attention.kernel_temperature == 1 for conv in dynamic_convs(ema.module))
+    assert all(conv.attention.kernel_temperature == 9 for conv in dynamic_convs(model))
+    assert ema(make_images()).isfinite().all()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_channels_last_network_gives_the_same_result_and_gradients(name):
+    plain, last = make_model(name).double(), make_model(name).double().to(memory_format=torch.channels_last)
+    x = make_images().double()
+    features = last.forward_features(x.to(memory_format=torch.channels_last))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(features, plain.forward_features(x))
+    plain(x).square().mean().backward()
+    last(x.to(memory_format=torch.channels_last)).square().mean().backward()
+    for expected, parameter in zip(plain.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_bfloat16_autocast_trains_in_float32(name):
+    model = make_model(name)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = model(make_images())
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    for parameter in model.parameters():
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_network_on_the_meta_device_takes_the_weights_of_another(name):
+    model, on_meta = make_model(name).eval(), make_model(name, device='meta').eval()
+    assert all(tensor.is_meta for tensor in on_meta.state_dict().values())
+    assert on_meta(torch.empty(2, 3, 64, 64, device='meta')).shape == (2, 5)
+    on_meta.load_state_dict(model.state_dict(), assign=True)
+    torch.testing.assert_close(on_meta(make_images()), model(make_images()))

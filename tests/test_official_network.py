@@ -1,0 +1,107 @@
+"""A whole network with the authors' parameter names, written from the equations, gives the same results once loaded."""
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fmd_timm import load_official_state_dict, set_temperature
+
+KERNEL_TEMPERATURE, GATE_TEMPERATURE = 34.0, 5.0
+RTOL = 1e-9  # of the largest value, float64
+NARROW = dict(channels=(8, 16, 24, 32), num_classes=7, zero_init_last=False)
+
+
+class OfficialConv2d(nn.Module):
+    """FMDConv of K = 4 kernels, image by image, with the parameters named and shaped as in the authors' code."""
+
+    def __init__(self, conv):
+        super().__init__()
+        K, O, I = 4, conv.out_channels, conv.in_channels
+        A, h = max(I // 16, 16), I // 4 + 1
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.weight = nn.Parameter(torch.empty(K, *conv.weight.shape))
+        self.bias = nn.Parameter(torch.empty(K, O))
+        self.attention = nn.ModuleDict(dict(
+            fc=nn.Conv2d(I, A, 1, bias=False), bn=nn.BatchNorm2d(A),
+            channel_fc=nn.Conv2d(A, I, 1), filter_fc=nn.Conv2d(A, O, 1),
+        ))
+        self.attention2 = nn.ModuleDict(dict(fc1=nn.Conv2d(I, h, 1, bias=False), fc2=nn.Conv2d(h, K, 1)))
+
+    def forward(self, x):
+        pooled = F.adaptive_avg_pool2d(x, 1)
+        hidden = self.attention['bn'](self.attention['fc'](pooled)).relu()
+        in_attn = torch.sigmoid(self.attention['channel_fc'](hidden) / GATE_TEMPERATURE)  # (B, I, 1, 1)
+        out_attn = torch.sigmoid(self.attention['filter_fc'](hidden) / GATE_TEMPERATURE)  # (B, O, 1, 1)
+        logits = self.attention2['fc2'](self.attention2['fc1'](pooled).relu())
+        kernel_attn = torch.softmax(logits.flatten(1) / KERNEL_TEMPERATURE, dim=1)  # (B, K)
+        images = []
+        for image, share in zip(x * in_attn, kernel_attn):
+            weight = sum(share[k] * self.weight[k] for k in range(4))
+            bias = sum(share[k] * self.bias[k] for k in range(4))
+            images.append(F.conv2d(image, weight, bias, self.stride, self.padding, self.dilation, self.groups))
+        return torch.stack(images) * out_attn
+
+
+def make_official(name, **kwargs):
+    """timm's ResNet with `OfficialConv2d` in its residual blocks, every parameter and statistic random."""
+    model = timm.create_model(name, **kwargs)
+    for stage in model.layer1, model.layer2, model.layer3, model.layer4:
+        for block in stage:
+            for key, conv in list(block.named_children()):
+                if isinstance(conv, nn.Conv2d):
+                    setattr(block, key, OfficialConv2d(conv))
+    model.double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if key.endswith('num_batches_tracked'):
+                tensor.fill_(3)
+            elif key.endswith('running_var') or 'bn' in key and key.endswith('weight'):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.ndim == 5:  # of every kernel
+                tensor.normal_(std=(2 / tensor[0, 0].numel()) ** 0.5)
+            elif tensor.ndim == 4:
+                tensor.normal_(std=(2 / tensor[0].numel()) ** 0.5)
+            else:
+                tensor.normal_()
+    return model
+
+
+def assert_close(actual, expected):
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error < RTOL, f'relative error {error:.1e}'
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('name, args', [
+    ('resnet18', NARROW),
+    ('resnet50', dict(NARROW, layers=(2, 1, 1, 1))),
+    ('resnet18', dict(layers=(1, 1, 1, 1), num_classes=7)),
+], ids=['basic', 'bottleneck', 'wide'])
+def test_network_with_the_authors_checkpoint_equals_theirs(name, args, training, implementation):
+    official = make_official(name, **args)
+    model = timm.create_model(f'{name}_fmd', conv_bias=True, **args).double()
+    load_official_state_dict(model, official.state_dict())
+    set_temperature(model, kernel=KERNEL_TEMPERATURE, gate=GATE_TEMPERATURE)
+    torch.manual_seed(1)
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    results = []
+    for network in official, model:
+        x = images.clone().requires_grad_()
+        logits = network.train(training)(x)
+        logits.square().sum().backward()
+        results.append((logits, x.grad))
+    assert_close(results[1][0], results[0][0])
+    assert_close(results[1][1], results[0][1])
+    statistics = {key: value for key, value in official.state_dict().items() if '.running_' in key}
+    for key, value in statistics.items():
+        assert_close(model.state_dict()[key], value)
+
+
+def test_network_without_bias_refuses_the_checkpoint_and_names_the_biases():
+    model = timm.create_model('resnet18_fmd', **NARROW)
+    message = r"missing keys \[\], unexpected keys \['layer1.0.conv1.bias', 'layer1.0.conv2.bias', "
+    with pytest.raises(ValueError, match=message):
+        load_official_state_dict(model, make_official('resnet18', **NARROW).state_dict())
