@@ -367,3 +367,9 @@ def test_network_on_the_meta_device_takes_the_weights_of_another(name):
     assert on_meta(torch.empty(2, 3, 64, 64, device='meta')).shape == (2, 5)
     on_meta.load_state_dict(model.state_dict(), assign=True)
     torch.testing.assert_close(on_meta(make_images()), model(make_images()))
+
+
+@pytest.mark.parametrize('args', [dict(output_stride=32), dict(stem_type='deep'), dict(replace_stem_pool=True)])
+def test_networks_for_small_images_refuse_what_their_stem_has_not(args):
+    with pytest.raises(ValueError, match=f'{list(args)[0]} must be .* got {list(args.values())[0]!r}'):
+        timm.create_model('resnet18_fmd_cifar', device='meta', **args)

@@ -2,8 +2,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fmd_timm import dynamic_conv2d
+
+ARGUMENTS = 'x', 'weight', 'kernel_attn', 'in_attn', 'out_attn', 'tap_attn', 'bias'
 
 SHAPES = {  # B, K, C_in, C_out, kernel, stride, padding, dilation, groups, (H, W)
     '1x1': (3, 4, 5, 7, 1, 1, 0, 1, 1, (4, 6)),
@@ -118,3 +121,44 @@ def test_a_shape_that_does_not_fit_is_named(change, message):
     tensors, conv_args = make_inputs(*SHAPES['3x3'])
     with pytest.raises(ValueError, match=message):
         dynamic_conv2d(**dict(tensors, **change), **conv_args)
+
+
+@pytest.mark.parametrize('tap_attn', [False, True], ids=['', 'taps'])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+def test_operator_is_registered_as_pytorch_asks(memory_format, tap_attn, implementation):
+    tensors, conv_args = make_inputs(*SHAPES['3x3'], dtype=torch.float32, tap_attn=tap_attn)
+    x, weight, *rest = (tensors.get(name) for name in ARGUMENTS)
+    x, weight = (t.detach().to(memory_format=memory_format).requires_grad_() for t in (x, weight))
+    conv_args = [[1, 1], [1, 1], [1, 1], 1]
+    torch.library.opcheck(torch.ops.fmd_timm.dynamic_conv2d.default, (x, weight, *rest, *conv_args))
+    torch.library.opcheck(
+        torch.ops.fmd_timm.dynamic_conv2d_backward.default,
+        (torch.randn(2, 6, 7, 5), *(t if t is None else t.detach() for t in (x, weight, *rest)), *conv_args),
+    )
+
+
+def test_arithmetic_is_counted_by_the_definition(implementation):
+    tensors, conv_args = make_inputs(*SHAPES['3x3'])
+    with FlopCounterMode(display=False) as counter:
+        dynamic_conv2d(**tensors, **conv_args)
+    B, K, I, O, taps, pixels = 2, 4, 4, 6, 9, 7 * 5
+    assert counter.get_total_flops() == 2 * B * O * I * taps * (K + pixels)
+
+
+def test_gradients_have_the_layout_of_their_tensors(implementation):
+    tensors, conv_args = make_inputs(*SHAPES['3x3'])
+    weight = tensors['weight'].detach().to(memory_format=torch.channels_last).requires_grad_()
+    dynamic_conv2d(**dict(tensors, weight=weight), **conv_args).sum().backward()
+    assert weight.grad.stride() == weight.stride()
+
+
+def test_an_expanded_input_has_gradients():
+    tensors, conv_args = make_inputs(*SHAPES['3x3'])
+    one = tensors['x'][:1].detach().requires_grad_()
+    expanded = one.expand(2, -1, -1, -1)
+    repeated = one.repeat(2, 1, 1, 1)
+    gradients = [
+        torch.autograd.grad(dynamic_conv2d(**dict(tensors, x=x), **conv_args).square().sum(), one)[0]
+        for x in (expanded, repeated)
+    ]
+    torch.testing.assert_close(*gradients)

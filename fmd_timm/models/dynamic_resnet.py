@@ -91,6 +91,9 @@ class CifarDynamicResNet(DynamicResNet):
     def __init__(self, *args, output_stride: int = 8, **kwargs):
         if output_stride not in (8, 4, 2):
             raise ValueError(f'output_stride must be 8, 4 or 2, got {output_stride}')
+        for name in 'stem_type', 'replace_stem_pool':
+            if kwargs.get(name):
+                raise ValueError(f'{name} must be left out: the stem is one 3x3 convolution, got {kwargs[name]!r}')
         super().__init__(*args, output_stride=output_stride * 4, **kwargs)
         stem = self.conv1
         self.conv1 = nn.Conv2d(

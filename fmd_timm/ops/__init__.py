@@ -1,14 +1,22 @@
 """The operator behind every dynamic convolution, and the rule that picks its implementation.
 
-`reference.py` is the definition; faster implementations get a file each beside it and are chosen here.
+`reference.py` is the definition; faster implementations get a file each beside it and are chosen here. PyTorch sees one
+operator with its gradients, `torch.ops.fmd_timm.dynamic_conv2d`, which importing this package registers: what
+`torch.compile` and `torch.export` make of a network holds for any batch.
 """
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from .dense import dynamic_conv2d_dense
-from .reference import dynamic_conv2d_reference
+from . import dense, reference
 
 __all__ = ['dynamic_conv2d']
+
+ARGUMENTS = (
+    'Tensor x, Tensor weight, Tensor? kernel_attn, Tensor? in_attn, Tensor? out_attn, Tensor? tap_attn, Tensor? bias, '
+    'int[2] stride, int[2] padding, int[2] dilation, int groups'
+)
+
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
@@ -54,35 +62,13 @@ def dynamic_conv2d(
     Raises:
         ValueError: The shape of an argument does not fit the others; the message names it.
     """
+    s, p, d = _pair(stride), _pair(padding), _pair(dilation)
     if not torch.jit.is_scripting():
         _check_shapes(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, groups)
         if _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-            # The mixing is a matmul, which autocast would run in half precision before the result is rounded again.
-            with torch.autocast(x.device.type, enabled=False):
-                return dynamic_conv2d(
-                    x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups)
-
-    s, p, d = _pair(stride), _pair(padding), _pair(dilation)
-    out_pixels = 1
-    for i in range(2):
-        reach = d[i] * (weight.shape[2 + i] - 1) + 1
-        out_pixels *= (x.shape[2 + i] + 2 * p[i] - reach) // s[i] + 1
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if kernel_attn is not None and tap_attn is None and groups == 1 and _prefers_dense(x.shape[0], out_pixels):
-        y = dynamic_conv2d_dense(x, weight, kernel_attn, in_attn, out_attn, bias, s, p, d)
-    else:
-        y = dynamic_conv2d_reference(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, s, p, d, groups)
-    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
-
-
-def _prefers_dense(batch: int, out_pixels: int) -> bool:
-    """Whether K convolutions cost less than a mixed kernel for every image, by the number of output pixels H' * W'.
-
-    Measured on CPU (2 cores, torch 2.15), training step of 3x3 convolutions on 64 images: the dense form takes half of
-    the reference's time at 8x8 pixels, 1.7 times at 16x16. A single image needs a single mixed kernel.
-    """
-    return batch > 1 and out_pixels <= 100
+    return torch.ops.fmd_timm.dynamic_conv2d(
+        x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, s, p, d, groups)
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -123,3 +109,107 @@ def _check_shapes(
             raise ValueError(f'{name} must have shape ({B}, {size}), got {tuple(attn.shape)}')
     if bias is not None and tuple(bias.shape) != (K * O,):
         raise ValueError(f'bias must have shape ({K * O},), got {tuple(bias.shape)}')
+
+
+def _output_size(x, weight, kernel_attn, stride, padding, dilation) -> tuple[int, int, int, int]:
+    K = 1 if kernel_attn is None else kernel_attn.shape[1]
+    height, width = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return x.shape[0], weight.shape[0] // K, height, width
+
+
+def _prefers_dense(batch: int, out_pixels: int) -> bool:
+    """Whether K convolutions cost less than a mixed kernel for every image, by the number of output pixels H' * W'.
+
+    Measured on CPU (2 cores, torch 2.15), training step of 3x3 convolutions on 64 images: the dense form takes half of
+    the reference's time at 8x8 pixels, 1.7 times at 16x16. A single image needs a single mixed kernel.
+    """
+    return batch > 1 and out_pixels <= 100
+
+
+def _uses_dense(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups) -> bool:
+    batch, _, height, width = _output_size(x, weight, kernel_attn, stride, padding, dilation)
+    return kernel_attn is not None and tap_attn is None and groups == 1 and _prefers_dense(batch, height * width)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@torch.library.custom_op('fmd_timm::dynamic_conv2d', mutates_args=(), schema=f'({ARGUMENTS}) -> Tensor')
+def _forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups):
+    size = _output_size(x, weight, kernel_attn, stride, padding, dilation)
+    if x.shape[0] == 0:
+        return x.new_empty(size).contiguous(memory_format=_memory_format(x))
+    # x has autocast's dtype by now; the mixing, a matmul, is to keep that of the kernels.
+    with torch.autocast(x.device.type, enabled=False):
+        if _uses_dense(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups):
+            y = dense.forward(x, weight, kernel_attn, in_attn, out_attn, bias, stride, padding, dilation)
+        else:
+            y = reference.forward(
+                x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups)
+    return y.contiguous(memory_format=_memory_format(x))
+
+
+@_forward.register_fake
+def _(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups):
+    size = _output_size(x, weight, kernel_attn, stride, padding, dilation)
+    return x.new_empty(size).contiguous(memory_format=_memory_format(x))
+
+
+# The gradient of an argument that is None is an empty tensor: an operator can't return None.
+@torch.library.custom_op(
+    'fmd_timm::dynamic_conv2d_backward', mutates_args=(),
+    schema=f'(Tensor grad_y, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
+)
+def _backward(grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups):
+    tensors = x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias
+    if x.shape[0] == 0:
+        return tuple(x.new_empty(0) if t is None else torch.zeros_like(t) for t in tensors)
+    if _uses_dense(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups):
+        gradients = dense.backward(
+            grad_y, x, weight, kernel_attn, in_attn, out_attn, bias, stride, padding, dilation)
+    else:
+        gradients = reference.backward(grad_y, *tensors, stride, padding, dilation, groups)
+    return tuple(x.new_empty(0) if t is None else _laid_out_as(g, t) for g, t in zip(gradients, tensors))
+
+
+@_backward.register_fake
+def _(grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups):
+    tensors = x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias
+    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in tensors)
+
+
+def _laid_out_as(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """In the dtype and strides of the tensor, which DistributedDataParallel expects of a parameter's gradient."""
+    like = torch.empty_like(tensor)
+    if gradient.dtype == like.dtype and gradient.stride() == like.stride():
+        return gradient
+    return like.copy_(gradient)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.conv_args = inputs[7:]
+
+
+def _differentiate(ctx, grad_y):
+    gradients = torch.ops.fmd_timm.dynamic_conv2d_backward(grad_y, *ctx.saved_tensors, *ctx.conv_args)
+    wanted = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad))
+    return *wanted, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save_inputs)
+
+
+@register_flop_formula(torch.ops.fmd_timm.dynamic_conv2d)
+def _flops(x_shape, weight_shape, kernel_attn_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of the definition, whatever implementation runs: K kernels mixed and one convolution for every image."""
+    K = 1 if kernel_attn_shape is None else kernel_attn_shape[1]
+    B, O, height, width = out_shape
+    kernel = O * weight_shape[1] * weight_shape[2] * weight_shape[3]
+    mixing = 0 if K == 1 else K * kernel
+    return 2 * B * (mixing + kernel * height * width)
