@@ -40,6 +40,7 @@ def open_dataset(name: str) -> datasets.DatasetDict:
     """`name`: 'digits', a folder of parquet files or images that `datasets` can load, or an id on the Hub."""
     if name == 'digits':
         return load_digits()
+    expected = "expected 'digits', a folder of parquet files or images, or a dataset id on the Hub"
     try:
         return datasets.load_dataset(name)
     except datasets.exceptions.DatasetNotFoundError as error:
@@ -48,10 +49,9 @@ def open_dataset(name: str) -> datasets.DatasetDict:
                 f'dataset {name!r} is gated: ask for access on its page, https://huggingface.co/datasets/{name}, '
                 f'then log in with `hf auth login` or set HF_TOKEN'
             ) from error
-        raise SystemExit(
-            f"dataset {name!r} was not found: expected 'digits', a folder, or an id on the Hub ({error})") from error
+        raise SystemExit(f'dataset {name!r} was not found, {expected}: {error}') from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise SystemExit(f'dataset {name!r} could not be loaded: {type(error).__name__}: {error}') from error
+        raise SystemExit(f'dataset {name!r} could not be loaded, {expected}: {type(error).__name__}: {error}') from error
 
 
 class LabelledImages(torch.utils.data.Dataset):

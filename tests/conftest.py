@@ -1,6 +1,11 @@
-import pytest
+import os
 
-import fmd_timm.ops
+# Tensors are small here: more threads would only wait for each other, on a busy machine for long.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import pytest  # noqa: E402
+
+import fmd_timm.ops  # noqa: E402
 
 
 @pytest.fixture(params=['reference', 'dense'])

@@ -160,5 +160,5 @@ for name in 'acme/nothing', 'acme/gated':
         env = dict(hub.env(tmp_path), PYTHONPATH=str(Path(data.__file__).parent))
         done = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, timeout=120)
     missing, gated = done.stdout.splitlines()
-    assert "dataset 'acme/nothing' was not found: expected 'digits', a folder, or an id on the Hub" in missing
+    assert "dataset 'acme/nothing' was not found, expected 'digits', a folder of parquet files or images, or" in missing
     assert "dataset 'acme/gated' is gated: ask for access on its page" in gated
