@@ -51,7 +51,8 @@ def open_dataset(name: str) -> datasets.DatasetDict:
             ) from error
         raise SystemExit(f'dataset {name!r} was not found, {expected}: {error}') from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise SystemExit(f'dataset {name!r} could not be loaded, {expected}: {type(error).__name__}: {error}') from error
+        reason = f'{type(error).__name__}: {error}'
+        raise SystemExit(f'dataset {name!r} could not be loaded, {expected}: {reason}') from error
 
 
 class LabelledImages(torch.utils.data.Dataset):
