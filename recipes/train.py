@@ -105,7 +105,7 @@ CIFAR = Recipe(
 )
 PRESETS = {
     'digits': Recipe(
-        model='resnet18_fmd_cifar', dataset='digits', image_size=8, crop='pad', hflip=0.0, epochs=10, batch_size=64,
+        model='resnet18_fmd_cifar', dataset='digits', image_size=8, crop='pad', hflip=0.0, epochs=8, batch_size=64,
         lr=0.05, weight_decay=5e-4, warmup_epochs=1, clip_grad=5.0, num_workers=0,
     ),
     'cifar10': dataclasses.replace(CIFAR, dataset='uoft-cs/cifar10'),

@@ -266,3 +266,18 @@ def test_temperature_falls_linearly_and_stays_at_one():
     for arguments in dict(progress=1.5), dict(progress=0, start=0), dict(progress=0, annealed_by=-1):
         with pytest.raises(ValueError, match=f'got {list(arguments.values())[-1]}'):
             annealed_temperature(**arguments)
+
+
+@pytest.mark.slow
+def test_a_compiled_channels_last_run_trains(digits_folder, tmp_path):
+    result = run(make_recipe(digits_folder, compile=True, channels_last=True, ema_decay=0.9), tmp_path)
+    assert result['loss'] < 10
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+@pytest.mark.slow
+def test_the_digits_preset_reaches_97_percent(tmp_path):
+    command = [sys.executable, '-m', 'accelerate.commands.launch', RECIPES / 'train.py', 'digits', '--output', tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': ''})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'result.json').read_text())['top1'] >= 97
