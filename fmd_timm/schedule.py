@@ -1,6 +1,6 @@
 """The temperature of the kernel attention as a function of training progress.
 
-Dynamic Convolution (arXiv 1912.03458, section 3.3) trains with softmax temperature 30, so that all K kernels learn from
+Dynamic Convolution (arXiv 1912.03458) trains with softmax temperature 30, so that all K kernels learn from
 the start, and lowers it linearly to 1 over the first 10 epochs; FMDConv (arXiv 2503.17530) anneals it too.
 """
 

@@ -113,10 +113,11 @@ class LabelledImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def decode(self, index: int) -> Image.Image:
-        image = self.rows[index][self.image_column]
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The image in colour and upright, before its transform, and its label."""
+        row = self.rows[index]
         try:
-            return datasets.Image().decode_example(image).convert('RGB')
+            return datasets.Image().decode_example(row[self.image_column]).convert('RGB'), row[self.label_column]
         except Exception as error:  # Pillow's plugins raise what they like
             raise ValueError(f'{self.name}: the image in row {index} cannot be decoded ({error})') from error
 
@@ -125,14 +126,14 @@ class LabelledImages(torch.utils.data.Dataset):
         if self.rows.data.nbytes <= CHECKED_BYTES:
             for index in tqdm(range(len(self)), f'checking {self.name}', leave=False, mininterval=1):
                 try:
-                    self.decode(index)
+                    self.read(index)
                 except ValueError as error:
                     raise SystemExit(str(error)) from error
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        image = self.decode(index)
+        image, label = self.read(index)
         with _seeded(self.seed, int(self.epoch), index):
-            return self.transform(image), self.rows[index][self.label_column]
+            return self.transform(image), label
 
 
 def _is_image(feature) -> bool:

@@ -93,8 +93,8 @@ def test_gray_and_rotated_images_come_out_upright_and_in_colour():
     wide.save(file, 'JPEG', exif=exif)
     rows = make_rows({'image': [{'bytes': file.getvalue(), 'path': None}], 'label': [0]},
                      image=datasets.Image(), label=datasets.ClassLabel(names=['one']))
-    image = open_images(rows).decode(0)
-    assert image.mode == 'RGB' and image.size == (4, 6)
+    image, label = open_images(rows).read(0)
+    assert image.mode == 'RGB' and image.size == (4, 6) and label == 0
 
 
 def test_columns_are_found_by_type_whatever_their_names():

@@ -115,6 +115,14 @@ def test_a_resumed_run_ends_with_the_same_weights(digits_folder, tmp_path, monke
         assert resumed[key] == uninterrupted[key]
 
 
+def test_averaged_weights_are_saved_with_the_present_temperature(digits_folder, tmp_path):
+    run(make_recipe(digits_folder, ema_decay=0.9, annealed_by=0.9), tmp_path)
+    expected = annealed_temperature(7 / 8, 30.0, 0.9)  # of the last of 2 epochs of 64 / 16 steps
+    saved = load_file(tmp_path / 'model.safetensors')
+    temperatures = [tensor.item() for key, tensor in saved.items() if key.endswith('kernel_temperature')]
+    assert temperatures == pytest.approx([expected] * 8)
+
+
 def test_the_seed_fixes_the_run(digits_folder, tmp_path):
     losses = []
     for i, seed in enumerate((1, 1, 2)):
@@ -151,7 +159,16 @@ def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(di
     script.write_text(f'''
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import tiny, train
+import data, tiny, train
+
+seeded = data._seeded
+
+def recorded(seed, epoch, row):
+    with open({str(tmp_path)!r} + '/epochs' + os.environ['RANK'], 'a') as file:
+        file.write(str(epoch))
+    return seeded(seed, epoch, row)
+
+data._seeded = recorded
 
 class Recorder(train.LabelSmoothingCrossEntropy):
     def forward(self, logits, labels):
@@ -171,6 +188,8 @@ train.main(**vars(train.parse_arguments(sys.argv[1:])))
         first, second = (sum(lines[4 * epoch:4 * epoch + 4], []) for lines in seen)
         assert sorted(first + second) == list(range(64))
     assert seen[0][:4] != seen[0][4:]
+    for rank in 0, 1:  # and with new augmentation
+        assert set((tmp_path / f'epochs{rank}').read_text()) == {'0', '1'}
 
 
 def test_the_last_two_checkpoints_and_the_best_are_kept(digits_folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The attention of FMDConv (arXiv 2503.17530, section 3): pooled features -> weights of kernels and channels.
+"""The attention of FMDConv (arXiv 2503.17530): pooled features -> weights of kernels and channels.
 
 Differs from the authors' code in form only: both squeezes are one linear map and both gates another, so that the branch
 costs few launches, and a training batch of one image uses the running statistics of the BatchNorm instead of failing.
