@@ -304,8 +304,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
     # The loop
     step = progress['epochs_done'] * steps_per_epoch
     for epoch in range(progress['epochs_done'], recipe.epochs):
-        images['train'].set_epoch(epoch)  # accelerate's loader passes it on in a single process only
-        train_loader.set_epoch(epoch)
+        train_loader.set_epoch(epoch)  # and with it the images'
         model.train()
         synchronize(device)
         start, last_loss = time.perf_counter(), None
