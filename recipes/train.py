@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import timm
@@ -52,7 +53,7 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fmd_timm import FMDConv2d, set_temperature
+from fmd_timm import set_temperature
 from fmd_timm.hub import save_for_hub
 from fmd_timm.model_card import results_table
 from fmd_timm.schedule import annealed_temperature
@@ -217,7 +218,8 @@ def git_commit() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
-def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
+def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[str, Any] | None:
+    """Train, and return the run record that `result.json` holds; None on the other processes than the main one."""
     # Everything that can be refused, the cheapest first
     check_recipe(recipe)
     precision = recipe.precision
@@ -275,7 +277,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
         model = model.to(memory_format=torch.channels_last)
     if recipe.compile:
         model.compile()
-    is_dynamic = any(isinstance(module, FMDConv2d) for module in model.modules())
+    has_temperature = any(name.endswith('kernel_temperature') for name, _ in model.named_buffers())
     optimizer = create_optimizer_v2(
         model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
     ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True, device=device) if recipe.ema_decay else None
@@ -311,7 +313,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
         for batch, labels in tqdm(
                 train_loader, f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1, disable=not is_main):
             with accelerator.accumulate(model):
-                if is_dynamic:
+                if has_temperature:
                     temperature = annealed_temperature(step / total_steps, recipe.temperature, recipe.annealed_by)
                     set_temperature(model, kernel=temperature)
                 batch = erase(normalize(batch))
@@ -332,7 +334,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
                 scheduler.step_update(step)
                 if ema:
                     ema.update(accelerator.unwrap_model(model), step)
-                    if is_dynamic:
+                    if has_temperature:
                         set_temperature(ema.module, kernel=temperature)  # the present one, not an average
         check_finite(last_loss, step - 1, optimizer)
         synchronize(device)
@@ -348,6 +350,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
         checkpoints.save(accelerator, output / 'checkpoints', progress)
 
     # The result
+    record = None
     if is_main:
         metrics, final = progress['metrics'], accelerator.unwrap_model(evaluated)
         save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=data_config)
@@ -379,6 +382,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> None:
         unfinished.rename(output / 'result.json')
         print(results_table(record))
     accelerator.end_training()
+    return record
 
 
 if __name__ == '__main__':

@@ -47,8 +47,9 @@ def make_recipe(folder, **changes):
 
 
 def run(recipe, output, resume=None):
-    train.main('digits', recipe, output, resume)
-    return json.loads((output / 'result.json').read_text())
+    record = train.main('digits', recipe, output, resume)
+    assert json.loads((output / 'result.json').read_text()) == json.loads(json.dumps(record))
+    return record
 
 
 def launch(processes, *arguments):
