@@ -197,6 +197,31 @@ def open_images(recipe: Recipe) -> dict[str, LabelledImages]:
     return images
 
 
+def make_accelerator(recipe: Recipe, output: Path) -> Accelerator:
+    """The accelerator of a run, if its processes can share out the recipe's batches."""
+    precision = recipe.precision
+    if precision == 'auto':
+        precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'fp32'
+    accelerator = Accelerator(
+        mixed_precision='no' if precision == 'fp32' else precision,
+        gradient_accumulation_steps=recipe.accumulate,
+        # batch_size is over all processes, so that a recipe means the same on any number of them
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        log_with=None if recipe.tracker == 'none' else recipe.tracker,
+        project_config=ProjectConfiguration(output, logging_dir=output / 'logs'),
+    )
+    use_all_cores(accelerator)
+    parts = accelerator.num_processes * recipe.accumulate * (2 if recipe.mixup or recipe.cutmix else 1)
+    if recipe.batch_size % parts:
+        raise SystemExit(
+            f'--batch-size must be a multiple of {parts} (processes, accumulation steps, pairs of mixup and CutMix), '
+            f'got {recipe.batch_size}'
+        )
+    return accelerator
+
+
 def check_finite(loss: torch.Tensor | None, step: int, optimizer: torch.optim.Optimizer) -> None:
     if loss is not None and not math.isfinite(loss.item()):
         raise SystemExit(
@@ -222,27 +247,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     """Train, and return the run record that `result.json` holds; None on the other processes than the main one."""
     # Everything that can be refused, the cheapest first
     check_recipe(recipe)
-    precision = recipe.precision
-    if precision == 'auto':
-        precision = 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'fp32'
-    accelerator = Accelerator(
-        mixed_precision='no' if precision == 'fp32' else precision,
-        gradient_accumulation_steps=recipe.accumulate,
-        # batch_size is over all processes, so that a recipe means the same on any number of them
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        log_with=None if recipe.tracker == 'none' else recipe.tracker,
-        project_config=ProjectConfiguration(output, logging_dir=output / 'logs'),
-    )
-    use_all_cores(accelerator)
+    accelerator = make_accelerator(recipe, output)
     device, is_main = accelerator.device, accelerator.is_main_process
-    parts = accelerator.num_processes * recipe.accumulate * (2 if recipe.mixup or recipe.cutmix else 1)
-    if recipe.batch_size % parts:
-        raise SystemExit(
-            f'--batch-size must be a multiple of {parts} (processes, accumulation steps, pairs of mixup and CutMix), '
-            f'got {recipe.batch_size}'
-        )
     parameters = sum(p.numel() for p in timm.create_model(recipe.model, device='meta').parameters())
     checkpoint = checkpoints.check_output(output, resume, model_bytes=4 * parameters)
     # The settings that must agree with a checkpoint's; the others change how a run is executed, not its result.
@@ -373,7 +379,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
             rcs_infer=rcs_infer(inference['infer_images_per_second'], accuracy),
             peak_memory_mib=peak_memory_mib(device), parameters=parameters, gmacs=count_gmacs(final, input_size),
             device=device_name(device), device_type=device.type, device_count=accelerator.num_processes,
-            precision=precision, input_size=input_size, global_batch=recipe.batch_size, seed=recipe.seed,
+            precision='fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision,
+            input_size=input_size, global_batch=recipe.batch_size, seed=recipe.seed,
             versions=versions(), git_commit=git_commit(),
             finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
         )
