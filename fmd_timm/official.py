@@ -1,10 +1,11 @@
-"""Checkpoints of the FMDConv authors' code (github.com/tianyu00824/FMDConv), turned into ours."""
+"""Checkpoints of the authors' code of FMDConv (github.com/tianyu00824/FMDConv) and of ODConv (github.com/OSVAI/ODConv),
+turned into ours."""
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .layers import FMDConv2d
+from .layers import DynamicConv2d, FMDAttention, FMDConv2d, ODConv2d, ODConvAttention
 
 __all__ = ['load_official_state_dict']
 
@@ -12,14 +13,14 @@ Parts = list[tuple[str, tuple[int, ...]]]  # the authors' key and shape of each 
 
 
 def load_official_state_dict(module_or_model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """Load a state_dict with the authors' names and shapes into an `FMDConv2d` or a whole network.
+    """Load a state_dict with the authors' names and shapes into an `FMDConv2d`, an `ODConv2d` or a whole network.
 
     Outside the dynamic convolutions their networks and ours use the same names. Their checkpoints hold no temperatures,
-    and those of `module_or_model` are kept: set them with `set_temperature` (their kernel temperature is always 34,
-    that of the gates is what their schedule had reached).
+    and those of `module_or_model` are kept: set them with `set_temperature` (FMDConv's kernel temperature is always 34,
+    that of its gates and that of ODConv is what their schedule had reached, 1 at its end).
 
     Args:
-        module_or_model: A layer, or a network such as `resnet18_fmd` with `conv_bias=True`.
+        module_or_model: A layer, or a network such as `resnet18_od`, or `resnet18_fmd` with `conv_bias=True`.
         state_dict: The authors' state_dict.
 
     Raises:
@@ -29,11 +30,12 @@ def load_official_state_dict(module_or_model: nn.Module, state_dict: dict[str, T
     parts_of = {key: [(key, tuple(tensor.shape))] for key, tensor in target.items()}
     without_effect = set()
     for name, conv in module_or_model.named_modules():
-        if isinstance(conv, FMDConv2d):
+        if isinstance(conv, (FMDConv2d, ODConv2d)):
             prefix = f'{name}.' if name else ''
             for key, parts in _official_parts(conv).items():
                 parts_of[prefix + key] = [(prefix + official, shape) for official, shape in parts]
-            if conv.num_kernels == 1:  # the authors' softmax over one kernel; ours has none
+            # the authors' softmax over one kernel; ours has none
+            if conv.num_kernels == 1 and isinstance(conv, FMDConv2d):
                 without_effect |= {f'{prefix}attention2.{key}' for key in ('fc1.weight', 'fc2.weight', 'fc2.bias')}
 
     expected = {official: shape for parts in parts_of.values() for official, shape in parts}
@@ -55,26 +57,46 @@ def load_official_state_dict(module_or_model: nn.Module, state_dict: dict[str, T
     module_or_model.load_state_dict(converted, strict=False)
 
 
-def _official_parts(conv: FMDConv2d) -> dict[str, Parts]:
+def _official_parts(conv: DynamicConv2d) -> dict[str, Parts]:
     """Our key -> the authors' tensors that stand in it one after the other; none for the temperatures."""
-    attention = conv.attention
-    K, I, O = conv.num_kernels, conv.in_channels, conv.out_channels
+    parts = {'weight': [('weight', (conv.num_kernels, conv.out_channels, *conv.weight.shape[1:]))]}
+    if conv.bias is not None:
+        parts['bias'] = [('bias', (conv.num_kernels, conv.out_channels))]
+    attention_parts = _fmd_parts if isinstance(conv, FMDConv2d) else _od_parts
+    for key, tensors in attention_parts(conv.attention).items():
+        parts[f'attention.{key}'] = tensors
+    return parts
+
+
+def _fmd_parts(attention: FMDAttention) -> dict[str, Parts]:
+    K, I, O = attention.num_kernels, attention.in_channels, attention.out_channels
     A, h = attention.gate_hidden, attention.kernel_hidden
     parts: dict[str, Parts] = {
-        'weight': [('weight', (K, O, I // conv.groups, *conv.kernel_size))],
-        'attention.squeeze.weight': [('attention.fc.weight', (A, I, 1, 1))],
-        'attention.gates.weight': [('attention.channel_fc.weight', (I, A, 1, 1))],
-        'attention.gates.bias': [('attention.channel_fc.bias', (I,))],
-        'attention.kernel_temperature': [],
-        'attention.gate_temperature': [],
+        'squeeze.weight': [('attention.fc.weight', (A, I, 1, 1))],
+        'gates.weight': [('attention.channel_fc.weight', (I, A, 1, 1))],
+        'gates.bias': [('attention.channel_fc.bias', (I,))],
+        'kernel_temperature': [],
+        'gate_temperature': [],
     }
-    if conv.bias is not None:
-        parts['bias'] = [('bias', (K, O))]
-    if attention.out_channels:
-        parts['attention.gates.weight'].append(('attention.filter_fc.weight', (O, A, 1, 1)))
-        parts['attention.gates.bias'].append(('attention.filter_fc.bias', (O,)))
+    if O > 0:
+        parts['gates.weight'].append(('attention.filter_fc.weight', (O, A, 1, 1)))
+        parts['gates.bias'].append(('attention.filter_fc.bias', (O,)))
     if K > 1:
-        parts['attention.squeeze.weight'].append(('attention2.fc1.weight', (h, I, 1, 1)))
-        parts['attention.kernel.weight'] = [('attention2.fc2.weight', (K, h, 1, 1))]
-        parts['attention.kernel.bias'] = [('attention2.fc2.bias', (K,))]
+        parts['squeeze.weight'].append(('attention2.fc1.weight', (h, I, 1, 1)))
+        parts['kernel.weight'] = [('attention2.fc2.weight', (K, h, 1, 1))]
+        parts['kernel.bias'] = [('attention2.fc2.bias', (K,))]
     return parts
+
+
+def _od_parts(attention: ODConvAttention) -> dict[str, Parts]:
+    A = attention.hidden
+    heads = [
+        (f'attention.{name}_fc', size)
+        for name, size in zip(('channel', 'filter', 'spatial', 'kernel'), attention.sizes) if size > 0
+    ]
+    return {
+        'squeeze.weight': [('attention.fc.weight', (A, attention.in_channels, 1, 1))],
+        'heads.weight': [(f'{name}.weight', (size, A, 1, 1)) for name, size in heads],
+        'heads.bias': [(f'{name}.bias', (size,)) for name, size in heads],
+        'kernel_temperature': [],
+    }

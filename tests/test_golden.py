@@ -1,4 +1,5 @@
-"""The authors' FMDConv2d, run in float64 on float32 weights: outputs, gradients and BatchNorm statistics must agree."""
+"""The authors' FMDConv2d and ODConv2d, run in float64 on float32 weights: outputs, gradients and BatchNorm statistics
+must agree."""
 import json
 from pathlib import Path
 
@@ -6,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fmd_timm import FMDConv2d, load_official_state_dict, set_temperature
+from fmd_timm import FMDConv2d, ODConv2d, load_official_state_dict, set_temperature
 
 GOLDEN = Path(__file__).parent / 'golden'
-CASES = sorted(path.stem for path in GOLDEN.glob('fmd_*.json'))
+CASES = sorted(path.stem for path in GOLDEN.glob('*.json'))
 RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -19,11 +20,14 @@ def load_case(name):
 
 
 def make_conv(case, dtype):
-    return FMDConv2d(
+    sizes = (
         case['in_planes'], case['out_planes'], case['kernel_size'], case['stride'], case['padding'], case['dilation'],
-        case['groups'], case['bias'], num_kernels=case['kernel_num'], reduction=case['reduction'],
-        kernel_ratio=case['ratio'], dtype=dtype,
+        case['groups'],
     )
+    args = dict(num_kernels=case['kernel_num'], reduction=case['reduction'], dtype=dtype)
+    if case['kind'] == 'od':
+        return ODConv2d(*sizes, bias=False, **args)  # theirs has no bias
+    return FMDConv2d(*sizes, case['bias'], kernel_ratio=case['ratio'], **args)
 
 
 def load_official(conv, tensors, prefix):

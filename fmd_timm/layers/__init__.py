@@ -1,4 +1,14 @@
-from .attention import FMDAttention, set_temperature
-from .dynamic_conv import FMDConv2d
+from .attention import (
+    CondConvAttention,
+    DyConvAttention,
+    DynamicAttention,
+    FMDAttention,
+    ODConvAttention,
+    set_temperature,
+)
+from .dynamic_conv import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
 
-__all__ = ['FMDAttention', 'FMDConv2d', 'set_temperature']
+__all__ = [
+    'CondConv2d', 'CondConvAttention', 'DyConv2d', 'DyConvAttention', 'DynamicAttention', 'DynamicConv2d',
+    'FMDAttention', 'FMDConv2d', 'ODConv2d', 'ODConvAttention', 'set_temperature',
+]

@@ -2,14 +2,14 @@
 
 import torch
 import torch.nn as nn
-from timm.layers import to_2tuple
+from timm.layers import Conv2dSame, pad_same, to_2tuple
 from timm.models import register_notrace_module
 from torch import Tensor
 
 from ..ops import dynamic_conv2d
-from .attention import FMDAttention
+from .attention import CondConvAttention, DyConvAttention, DynamicAttention, FMDAttention, ODConvAttention
 
-__all__ = ['FMDConv2d']
+__all__ = ['CondConv2d', 'DyConv2d', 'DynamicConv2d', 'FMDConv2d', 'ODConv2d']
 
 
 def _explicit_padding(
@@ -30,12 +30,12 @@ def _explicit_padding(
     return to_2tuple(padding)
 
 
-@register_notrace_module  # its attention depends on the batch: a leaf for timm's torch.fx extraction
-class FMDConv2d(nn.Module):
-    """FMDConv (arXiv 2503.17530): a drop-in for `nn.Conv2d` whose kernel is mixed from K kernels for every image.
+class DynamicConv2d(nn.Module):
+    """A drop-in for `nn.Conv2d` whose kernel is mixed from K kernels for every image.
 
-    Attention over the input channels, the kernels and the output channels: see `FMDAttention` for the equations,
-    `fmd_timm.ops.dynamic_conv2d` for the operator. (B, C_in, H, W) -> (B, C_out, H', W') in the dtype of the input.
+    The base of the four methods, which differ in their attention alone: use `CondConv2d`, `DyConv2d`, `ODConv2d` or
+    `FMDConv2d`. The operator is `fmd_timm.dynamic_conv2d`. (B, C_in, H, W) -> (B, C_out, H', W') in the dtype of the
+    input.
 
     The K kernels are one parameter `weight` (K * C_out, C_in / groups, kh, kw), kernel k in rows k * C_out and on, and
     the biases `bias` (K * C_out,): four dimensions, so that `model.to(memory_format=torch.channels_last)` works.
@@ -49,13 +49,13 @@ class FMDConv2d(nn.Module):
         dilation: Pixels between kernel taps.
         groups: Blocked connections from input to output channels. Depthwise (groups = C_in = C_out) has no out_attn.
         bias: K biases, mixed as the kernels are.
-        num_kernels: K. 4 as in the paper.
-        reduction: Width of the gates' hidden layer, max(int(C_in * reduction), 16). 1/16 as in the paper.
-        kernel_ratio: Width of the kernel attention's hidden layer, int(C_in * kernel_ratio) + 1. 1/4 as in the paper.
+        num_kernels: K.
+        **attention_args: Widths of the attention: see the named forms.
 
     Raises:
         ValueError: A size is below 1, or groups does not divide the channels.
     """
+    attention_layer: type[DynamicAttention]
 
     def __init__(
             self,
@@ -68,10 +68,9 @@ class FMDConv2d(nn.Module):
             groups: int = 1,
             bias: bool = True,
             num_kernels: int = 4,
-            reduction: float = 1 / 16,
-            kernel_ratio: float = 1 / 4,
             device=None,
             dtype=None,
+            **attention_args,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -79,9 +78,6 @@ class FMDConv2d(nn.Module):
                 in_channels=in_channels, out_channels=out_channels, groups=groups, num_kernels=num_kernels).items():
             if size < 1:
                 raise ValueError(f'{name} must be at least 1, got {size}')
-        for name, value in dict(reduction=reduction, kernel_ratio=kernel_ratio).items():
-            if value < 0:
-                raise ValueError(f'{name} must not be negative, got {value}')
         if in_channels % groups or out_channels % groups:
             raise ValueError(f'groups must divide {in_channels=} and {out_channels=}, got {groups}')
         self.in_channels = in_channels
@@ -92,23 +88,30 @@ class FMDConv2d(nn.Module):
         self.padding = _explicit_padding(padding, self.kernel_size, self.stride, self.dilation)
         self.groups = groups
         self.num_kernels = num_kernels
+        self.tf_same_padding = False  # set by `like`
 
         depthwise = groups == in_channels == out_channels
         self.weight = nn.Parameter(
             torch.empty(num_kernels * out_channels, in_channels // groups, *self.kernel_size, **dd))
         self.bias = nn.Parameter(torch.empty(num_kernels * out_channels, **dd)) if bias else None
-        self.attention = FMDAttention(
-            in_channels, None if depthwise else out_channels, num_kernels, reduction, kernel_ratio, **dd)
+        self.attention = self.attention_layer(
+            in_channels, None if depthwise else out_channels, self.kernel_size, num_kernels, **attention_args, **dd)
         self._reset_kernels()
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, **kwargs) -> 'FMDConv2d':
+    def like(cls, conv: nn.Conv2d, **kwargs) -> 'DynamicConv2d':
         """A dynamic convolution, newly initialised, with the sizes, device and dtype of `conv`.
 
         Args:
-            conv: The static convolution it is to stand in for.
+            conv: The static convolution it is to stand in for, an `nn.Conv2d` or timm's `Conv2dSame` (TensorFlow's
+                padding, which depends on the size of the image).
             **kwargs: Arguments of the constructor, over those read from `conv`.
+
+        Raises:
+            ValueError: `conv` is of another class, which may compute something else, or does not pad with zeros.
         """
+        if type(conv) not in (nn.Conv2d, Conv2dSame):
+            raise ValueError(f'only nn.Conv2d and Conv2dSame can be made dynamic, got {type(conv).__name__}')
         if conv.padding_mode != 'zeros':
             raise ValueError(f'a dynamic convolution pads with zeros, got padding_mode={conv.padding_mode!r}')
         args = dict(
@@ -116,7 +119,9 @@ class FMDConv2d(nn.Module):
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
             bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype,
         )
-        return cls(**dict(args, **kwargs))
+        dynamic = cls(**dict(args, **kwargs))
+        dynamic.tf_same_padding = isinstance(conv, Conv2dSame) and 'padding' not in kwargs
+        return dynamic
 
     def reset_parameters(self) -> None:
         """Initialise as the authors do: Kaiming normal for each of the K kernels, zero biases, new attention."""
@@ -130,16 +135,60 @@ class FMDConv2d(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel_attn, in_attn, out_attn = self.attention(x)
-        tap_attn: Tensor | None = None
+        kernel_attn, in_attn, out_attn, tap_attn = self.attention(x)
+        if self.tf_same_padding:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         return dynamic_conv2d(
             x, self.weight, kernel_attn, in_attn, out_attn, tap_attn, self.bias,
             self.stride, self.padding, self.dilation, self.groups,
         )
 
     def extra_repr(self) -> str:
+        padding = 'same as TensorFlow' if self.tf_same_padding else self.padding
         return (
             f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
-            f'padding={self.padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, '
+            f'padding={padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, '
             f'num_kernels={self.num_kernels}'
         )
+
+
+# The attention depends on the batch, so each form is a leaf for timm's torch.fx extraction, which goes by the class.
+
+@register_notrace_module
+class CondConv2d(DynamicConv2d):
+    """CondConv (arXiv 1904.04971): the kernels' shares are sigmoids of a linear map, see `CondConvAttention`.
+
+    Args: those of `DynamicConv2d`. The paper has K = 8 kernels; the default is 4 as in the other methods.
+    """
+    attention_layer = CondConvAttention
+
+
+@register_notrace_module
+class DyConv2d(DynamicConv2d):
+    """Dynamic Convolution (arXiv 1912.03458): a softmax with a temperature over the kernels, see `DyConvAttention`.
+
+    Args: those of `DynamicConv2d` (K = 4 as in the paper), and `kernel_ratio`, the hidden layer's width as a share of
+    C_in (1/4 as in the paper). The paper trains with temperature 30, lowered to 1 in the first 10 epochs.
+    """
+    attention_layer = DyConvAttention
+
+
+@register_notrace_module
+class ODConv2d(DynamicConv2d):
+    """ODConv (ICLR 2022): attention over kernels, input and output channels and kernel taps, see `ODConvAttention`.
+
+    Args: those of `DynamicConv2d` (K = 4 is the authors' "4x"), and `reduction`, the hidden layer's width as a share of
+    C_in, at least 16 (1/16 as in the paper).
+    """
+    attention_layer = ODConvAttention
+
+
+@register_notrace_module
+class FMDConv2d(DynamicConv2d):
+    """FMDConv (arXiv 2503.17530): attention over kernels, input and output channels, see `FMDAttention`.
+
+    Args: those of `DynamicConv2d` (K = 4 as in the paper), `reduction`, the width of the gates' hidden layer as a share
+    of C_in, at least 16 (1/16 as in the paper), and `kernel_ratio`, the same of the kernel attention's hidden layer,
+    int(C_in * kernel_ratio) + 1 (1/4 as in the paper).
+    """
+    attention_layer = FMDAttention
