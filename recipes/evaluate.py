@@ -4,14 +4,13 @@ Prints one number per line. The checkpoint is a folder (of a training run, or an
 repository (`hf-hub:org/name`) or a model with a tag that is registered in timm (`resnet18_fmd.<tag>`).
 """
 import argparse
-from pathlib import Path
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from data import VALIDATION_SPLITS, LabelledImages, Normalize, choose_split, eval_transform, open_dataset
 from measure import count_gmacs, device_name, peak_memory_mib, score, time_inference, use_all_cores
+from pretrained import find_source, load_network
 from timm.data import resolve_model_data_config
 from torch.utils.data import DataLoader
 
@@ -37,8 +36,8 @@ def main() -> None:
     if args.batch_size < 1 or args.batch_size % accelerator.num_processes:
         raise SystemExit(
             f'--batch-size must be a multiple of the {accelerator.num_processes} processes, got {args.batch_size}')
-    model = load_model(args.checkpoint)
-    with accelerator.main_process_first():
+    with accelerator.main_process_first():  # downloads once
+        model = load_network(find_source(args.checkpoint, 'checkpoint'), 'checkpoint')
         dataset = open_dataset(args.dataset)
     split = choose_split(dataset, args.dataset, args.split, VALIDATION_SPLITS)
     data_config = resolve_model_data_config(model)
@@ -73,19 +72,6 @@ def main() -> None:
         print(f'device: {accelerator.num_processes} x {device_name(accelerator.device)}')
         print(f'precision: {"bf16" if uses_bf16 else "fp32"}')
     accelerator.end_training()
-
-
-def load_model(checkpoint: str) -> torch.nn.Module:
-    name = checkpoint
-    if not checkpoint.startswith(('hf-hub:', 'local-dir:')) and (Path(checkpoint).is_dir() or '/' in checkpoint):
-        name = f'local-dir:{checkpoint}'
-    try:
-        return timm.create_model(name, pretrained=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise SystemExit(
-            f'checkpoint {checkpoint!r} could not be loaded, expected a folder, hf-hub:org/name or a registered '
-            f'model.tag: {error}'
-        ) from error
 
 
 def format_score(value: float | None) -> str:

@@ -10,7 +10,6 @@ With --tag the run is also recorded in hub_cards/, so that `timm.create_model('<
 loads this very commit. Publishing a tag again replaces its record.
 """
 import argparse
-import hashlib
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ import torch.nn as nn
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from pretrained import sha256
 from timm.models import filter_pretrained_cfg
 
 import fmd_timm
@@ -121,10 +121,6 @@ def check_access(api: HfApi, repo: str, private: bool) -> None:
     others = sorted({file.rfilename for file in there.siblings} - {*RUN_FILES, CARD, '.gitattributes'})
     if others:
         raise SystemExit(f'{repo} also holds {", ".join(others)}: delete them there, or publish to another repository')
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def push(api: HfApi, repo: str, private: bool, run: Path, card: ModelCard) -> dict[str, str]:
