@@ -16,9 +16,10 @@ REQUIRED = (
     'validation_images', 'num_classes', 'top1', 'top5', 'loss', 'epochs', 'infer_batch', 'parameters', 'gmacs',
     'device', 'device_count', 'precision', 'input_size', 'global_batch', 'seed', 'versions', 'finished',
 )
-# None where it could not be measured: a score without accuracy, the memory of a CPU, code outside of git.
+# None where it could not be measured: a score without accuracy, the memory of a CPU, code outside of git; `init` where
+# training started from random weights.
 MAY_BE_NONE = (
-    'preset', 'median_epoch_seconds', 'ies', 'rcs', 'ies_infer', 'rcs_infer', 'train_images_per_second',
+    'init', 'preset', 'median_epoch_seconds', 'ies', 'rcs', 'ies_infer', 'rcs_infer', 'train_images_per_second',
     'infer_images_per_second', 'peak_memory_mib', 'git_commit',
 )
 
@@ -92,6 +93,7 @@ $command
 | | |
 |---|---|
 | Architecture | `$model`, $model_args |
+| Started from | $init |
 | Dataset | `$dataset`, $num_classes classes |
 | Training split | `$train_split`, $train_images images |
 | Validation split | `$validation_split`, $validation_images images |
@@ -120,7 +122,7 @@ $command
 
 ## Licence and citation
 
-The weights and the code are under the Apache License 2.0.
+$licence
 
 ```bibtex
 @article{zhang2025fmdconv,
@@ -180,6 +182,23 @@ def results_table(record: dict[str, Any]) -> str:
     ).rstrip()
 
 
+def _origin(init: dict[str, Any] | None) -> str:
+    if init is None:
+        return 'random weights'
+    kind, revision = init['revision'].split()
+    network = f'a static `{init["architecture"]}`, inflated' if init['inflated'] else f'`{init["architecture"]}`'
+    return f'`{init["weights"]}` ({network}), {kind} `{revision}`, {init["classifier"]} classifier'
+
+
+def _licence(licence: str, init: dict[str, Any] | None) -> str:
+    if licence == 'apache-2.0':
+        return 'The weights and the code are under the Apache License 2.0.'
+    return (
+        f'The code is under the Apache License 2.0. The weights started from `{init["weights"]}`, '
+        f'whose licence is `{licence}`.'
+    )
+
+
 def make_card(record: dict[str, Any], repo: str) -> ModelCard:
     """The model card of a training run.
 
@@ -195,7 +214,8 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
     if missing:
         raise ValueError(f'the run record of {repo} has no {", ".join(missing)}')
 
-    name, dataset = repo.rpartition('/')[2], record['dataset']
+    name, dataset, init = repo.rpartition('/')[2], record['dataset'], record['init']
+    licence = (init['license'] or 'unknown') if init else 'apache-2.0'
     channels, height, width = record['input_size']
     results = [
         EvalResult(
@@ -211,10 +231,11 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
     ]
     data = ModelCardData(
         library_name='timm',
-        license='apache-2.0',
+        license=licence,
         pipeline_tag='image-classification',
         tags=['timm', 'fmd_timm', 'fmdconv', 'dynamic-convolution'],
         datasets=[dataset] if '/' in dataset else None,
+        base_model=init['repo'] if init else None,
         metrics=['accuracy'],
         model_name=name,
         eval_results=results,
@@ -231,6 +252,8 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         height=height,
         topk=min(5, record['num_classes']),
         model_args=f'`{json.dumps(record["model_args"])}`' if record['model_args'] else 'default arguments',
+        init=_origin(init),
+        licence=_licence(licence, init),
         preset=record['preset'] or '-',
         versions=', '.join(f'{package} {version}' for package, version in record['versions'].items()),
         git_commit=f'commit `{record["git_commit"]}`' if record['git_commit'] else '-',

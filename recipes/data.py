@@ -113,6 +113,9 @@ class LabelledImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def labels(self) -> list[int]:
+        return self.rows[self.label_column][:]
+
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The image in colour and upright, before its transform, and its label."""
         row = self.rows[index]
@@ -145,6 +148,10 @@ def _is_label(feature) -> bool:
         isinstance(feature, datasets.Value) and feature.dtype.startswith(('int', 'uint')))
 
 
+def _is_list_of_labels(feature) -> bool:
+    return isinstance(feature, datasets.List | datasets.LargeList) and _is_label(feature.feature)
+
+
 def _find_column(rows, split: str, kind: str, column: str | None, fits: Callable) -> str:
     found = [name for name, feature in rows.features.items() if fits(feature)]
     if kind == 'label':  # a column of class labels is meant before one of plain integers, such as an id
@@ -154,6 +161,12 @@ def _find_column(rows, split: str, kind: str, column: str | None, fits: Callable
     if column is not None and column in rows.features and fits(rows.features[column]):
         return column
     columns = ', '.join(f'{name} ({type(feature).__name__})' for name, feature in rows.features.items())
+    several = [name for name, feature in rows.features.items() if _is_list_of_labels(feature)]
+    if kind == 'label' and (column in several or several and not found):
+        raise SystemExit(
+            f'{split}: column {column or several[0]!r} has several labels for an image, expected one: networks are '
+            f'trained to choose one class'
+        )
     if column is not None:
         raise SystemExit(f'{split}: {kind} column {column!r} is not one of {kind}s; it has {columns}')
     if not found:

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import checkpoints
+import learning
 import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -44,20 +46,23 @@ from measure import (
     use_all_cores,
     versions,
 )
+from pretrained import find_source, load_network
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fmd_timm import set_temperature
+from fmd_timm import DynamicConv2d, set_temperature
 from fmd_timm.hub import save_for_hub
 from fmd_timm.model_card import results_table
 from fmd_timm.schedule import annealed_temperature
 from fmd_timm.scores import ies, ies_infer, rcs, rcs_infer
+
+INFLATED = 'inflated:'  # prefix of --init
 
 
 def option(default, help: str):
@@ -66,13 +71,16 @@ def option(default, help: str):
 
 @dataclass(frozen=True)
 class Recipe:
-    model: str = option('resnet18_fmd', 'model registered in timm')
+    model: str | None = option('resnet18_fmd', 'model registered in timm; may be left out with --init')
+    init: str | None = option(
+        None, 'weights to start from: a folder, hf-hub:owner/name or model.tag; inflated:<one of these> grows the '
+        'dynamic --model out of a static network')
     dataset: str = option('digits', "'digits', a dataset id on the Hub, or a folder of parquet files or images")
     image_column: str | None = option(None, 'column of images; found from the features')
     label_column: str | None = option(None, 'column of labels; found from the features')
     train_split: str = option('train', 'split to train on')
     validation_split: str | None = option(None, f'split to validate on; the first of {", ".join(VALIDATION_SPLITS)}')
-    image_size: int = option(224, 'pixels of the square images')
+    image_size: int | None = option(224, "pixels of the square images; None is the network's own size")
     crop: str = option('rrc', "training crop: 'rrc' (random resized crop) or 'pad' (pad by an eighth, crop back)")
     hflip: float = option(0.5, 'probability of a horizontal flip')
     aa: str | None = option(None, "timm's RandAugment policy, such as rand-m9-mstd0.5-inc1")
@@ -80,17 +88,24 @@ class Recipe:
     mixup: float = option(0.0, 'alpha of mixup; 0 is off')
     cutmix: float = option(0.0, 'alpha of CutMix; 0 is off')
     smoothing: float = option(0.1, 'label smoothing')
+    class_weights: bool = option(False, 'weigh each class in the loss by the inverse of its number of training images')
     epochs: int = option(100, 'passes over the training images')
     batch_size: int = option(256, 'images per optimizer step, over all processes')
     accumulate: int = option(1, 'backward passes per optimizer step')
     opt: str = option('sgd', "timm's name of the optimizer (sgd is with Nesterov momentum)")
     lr: float = option(0.1, 'peak learning rate')
+    layer_decay: float = option(1.0, 'learning rate of each layer over that of the next one; 1 is the same for all')
+    head_lr_scale: float = option(1.0, "learning rate of the classifier over that of its layer")
+    freeze: str | None = option(
+        None, "what does not learn: 'backbone' (all but attention and classifier) or 'attention'")
     momentum: float = option(0.9, 'of the optimizer')
     weight_decay: float = option(1e-4, 'not for biases and norms')
     warmup_epochs: int = option(5, 'epochs of linear warm-up before the cosine decay to 0')
     clip_grad: float | None = option(None, 'largest norm of the gradients')
     ema_decay: float = option(0.0, 'decay of the averaged weights that are evaluated and saved; 0 is off')
-    temperature: float = option(30.0, 'softmax temperature of the kernel attention at the start; it ends at 1')
+    temperature: float | None = option(
+        None, 'softmax temperature of the kernel attention at the start; it ends at 1. None is 30, or with --init that '
+        'of the checkpoint, which then stays')
     annealed_by: float = option(0.1, 'share of training after which it is 1')
     precision: str = option('auto', "'bf16', 'fp16', 'fp32', or 'auto': bf16 on GPUs that have it, else fp32")
     channels_last: bool = option(False, 'memory format of images and weights')
@@ -111,6 +126,11 @@ PRESETS = {
     ),
     'cifar10': dataclasses.replace(CIFAR, dataset='uoft-cs/cifar10'),
     'cifar100': dataclasses.replace(CIFAR, dataset='uoft-cs/cifar100', label_column='fine_label'),
+    # A start for images that nobody has tuned it to: no published run. With --init; the rest is the network's own.
+    'finetune': Recipe(
+        model=None, image_size=None, epochs=20, batch_size=64, lr=0.01, layer_decay=0.9, head_lr_scale=10.0,
+        warmup_epochs=1, clip_grad=5.0,
+    ),
     'imagenet': Recipe(dataset='ILSVRC/imagenet-1k', channels_last=True, num_workers=8),
 }
 # Options that change how a run is executed and not what it computes: a run may be resumed with other ones.
@@ -149,10 +169,17 @@ def check_recipe(recipe: Recipe) -> None:
     def refuse(name: str, expected: str) -> None:
         raise SystemExit(f'--{name.replace("_", "-")} must be {expected}, got {getattr(recipe, name)!r}')
 
-    if not timm.is_model(recipe.model):
+    if recipe.model is None and recipe.init is None:
+        refuse('init', 'the weights to start from, or --model a network for random ones')
+    if recipe.model is None and recipe.init.startswith(INFLATED):
+        refuse('model', f'the dynamic network to grow out of {recipe.init.removeprefix(INFLATED)}')
+    if recipe.model is not None and not timm.is_model(recipe.model):
         refuse('model', f'a model registered in timm, such as {", ".join(timm.list_models("*_fmd*"))}')
+    if recipe.freeze is not None and recipe.init is None:
+        refuse('freeze', 'left out without --init: random weights must learn')
     for name in 'image_size', 'epochs', 'batch_size', 'accumulate':
-        if getattr(recipe, name) < 1:
+        value = getattr(recipe, name)
+        if value is not None and value < 1:
             refuse(name, 'at least 1')
     for name in 'hflip', 'reprob', 'annealed_by':
         if not 0 <= getattr(recipe, name) <= 1:
@@ -160,16 +187,20 @@ def check_recipe(recipe: Recipe) -> None:
     for name in 'smoothing', 'ema_decay', 'momentum':
         if not 0 <= getattr(recipe, name) < 1:
             refuse(name, 'at least 0 and below 1')
-    for name in 'lr', 'temperature', 'clip_grad':
+    if not 0 < recipe.layer_decay <= 1:
+        refuse('layer_decay', 'above 0 and at most 1')
+    for name in 'lr', 'head_lr_scale', 'temperature', 'clip_grad':
         value = getattr(recipe, name)
         if value is not None and not 0 < value < math.inf:
             refuse(name, 'positive and finite')
     for name in 'weight_decay', 'mixup', 'cutmix', 'warmup_epochs', 'num_workers':
         if not 0 <= getattr(recipe, name) < math.inf:
             refuse(name, 'at least 0')
-    for name, choices in dict(crop=('rrc', 'pad'), precision=('auto', 'bf16', 'fp16', 'fp32')).items():
+    choices_of = dict(
+        crop=('rrc', 'pad'), precision=('auto', 'bf16', 'fp16', 'fp32'), freeze=(None, *learning.FREEZABLE))
+    for name, choices in choices_of.items():
         if getattr(recipe, name) not in choices:
-            refuse(name, f'one of {", ".join(choices)}')
+            refuse(name, f'one of {", ".join(filter(None, choices))}')
     trackers = ['none', *(tracker.value for tracker in get_available_trackers())]
     if recipe.tracker not in trackers:
         refuse('tracker', f'one of {", ".join(trackers)} (those that are installed)')
@@ -222,10 +253,46 @@ def make_accelerator(recipe: Recipe, output: Path) -> Accelerator:
     return accelerator
 
 
+def first_network(recipe: Recipe) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The network of --init and where its weights are from, for the run record; or --model on 'meta', and None."""
+    if recipe.init is None:
+        return timm.create_model(recipe.model, device='meta'), None
+    source = find_source(recipe.init, '--init')
+    network = load_network(source, '--init')
+    architecture, cfg = network.pretrained_cfg['architecture'], network.pretrained_cfg
+    if recipe.model not in (None, architecture):
+        raise SystemExit(f'--init {recipe.init} is a {architecture}, but --model is {recipe.model!r}')
+    if cfg['input_size'][0] != 3:
+        raise SystemExit(f'--init must be a network for images of 3 channels, {recipe.init} has {cfg["input_size"][0]}')
+    if recipe.freeze == 'attention' and not any(isinstance(module, DynamicConv2d) for module in network.modules()):
+        raise SystemExit(f'--freeze attention: {architecture} has no dynamic convolution')
+    return network, dict(
+        weights=Path(recipe.init).name if source.repo is None else recipe.init, architecture=architecture,
+        inflated=False, repo=source.repo, revision=source.revision, license=cfg.get('license'),
+    )
+
+
+def fit_classifier(network: nn.Module, label_names: list[str]) -> str:
+    """'kept', or 'new' where the network's classes are not these; its configuration says nothing of the old ones."""
+    cfg = network.pretrained_cfg
+    theirs = cfg.get('label_names')
+    network.pretrained_cfg = {key: value for key, value in cfg.items() if key != 'tag' and not key.startswith('label_')}
+    if network.num_classes == len(label_names) and (not theirs or list(theirs) == label_names):
+        return 'kept'
+    network.reset_classifier(len(label_names))
+    return 'new'
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """That of the schedule, which each group of parameters scales."""
+    group = optimizer.param_groups[0]
+    return group['lr'] / group['lr_scale']
+
+
 def check_finite(loss: torch.Tensor | None, step: int, optimizer: torch.optim.Optimizer) -> None:
     if loss is not None and not math.isfinite(loss.item()):
         raise SystemExit(
-            f'the loss is {loss.item()} at step {step} with learning rate {optimizer.param_groups[0]["lr"]:.4g}; '
+            f'the loss is {loss.item()} at step {step} with learning rate {learning_rate(optimizer):.4g}; '
             f'the last checkpoint is from before it'
         )
 
@@ -249,10 +316,17 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     check_recipe(recipe)
     accelerator = make_accelerator(recipe, output)
     device, is_main = accelerator.device, accelerator.is_main_process
-    parameters = sum(p.numel() for p in timm.create_model(recipe.model, device='meta').parameters())
+    with accelerator.main_process_first():  # downloads once
+        network, origin = first_network(recipe)
+    recipe = dataclasses.replace(
+        recipe, model=recipe.model or origin['architecture'],
+        image_size=recipe.image_size or network.pretrained_cfg['input_size'][-1],
+        temperature=30.0 if recipe.temperature is None and origin is None else recipe.temperature,
+    )
+    parameters = sum(p.numel() for p in network.parameters())
     checkpoint = checkpoints.check_output(output, resume, model_bytes=4 * parameters)
     # The settings that must agree with a checkpoint's; the others change how a run is executed, not its result.
-    settings = dict(preset=preset, **dataclasses.asdict(recipe))
+    settings = dict(preset=preset, **dataclasses.asdict(recipe), init_revision=origin and origin['revision'])
     del settings['num_workers'], settings['tracker']
     progress = dict(settings=settings, epochs_done=0, epoch_seconds=[], metrics=None, best_epoch=0, best_top1=-1.0)
     if checkpoint:
@@ -267,7 +341,13 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     set_seed(recipe.seed)
     label_names = images['train'].label_names
     input_size = (3, recipe.image_size, recipe.image_size)
-    model = timm.create_model(recipe.model, num_classes=len(label_names))
+    if origin:
+        model = network
+        origin['classifier'] = fit_classifier(model, label_names)
+        if recipe.freeze:
+            learning.freeze(model, recipe.freeze)
+    else:
+        model = timm.create_model(recipe.model, num_classes=len(label_names))
     parameters = sum(p.numel() for p in model.parameters())
     data_config = dict(resolve_model_data_config(model), input_size=input_size)
     images['train'].transform = train_transform(
@@ -283,9 +363,16 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         model = model.to(memory_format=torch.channels_last)
     if recipe.compile:
         model.compile()
-    has_temperature = any(name.endswith('kernel_temperature') for name, _ in model.named_buffers())
+    # None: a checkpoint's temperature stays. To raise it would undo what its attention has learned, and an inflated
+    # network needs no high one, because its attention is uniform at any.
+    anneals = recipe.temperature is not None and any(
+        name.endswith('kernel_temperature') for name, _ in model.named_buffers())
     optimizer = create_optimizer_v2(
-        model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum)
+        model, opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum,
+        param_group_fn=partial(
+            learning.parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
+            head_lr_scale=recipe.head_lr_scale),
+    )
     ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True, device=device) if recipe.ema_decay else None
     model, optimizer, train_loader, validation_loader = accelerator.prepare(
         model, optimizer, train_loader, validation_loader)
@@ -298,10 +385,14 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     accelerator.register_for_checkpointing(scheduler, *([ema] if ema else []))
     normalize = Normalize(data_config['mean'], data_config['std'], recipe.channels_last).to(device)
     erase = RandomErasing(recipe.reprob, mode='pixel', device=device)
-    mixup, criterion = None, LabelSmoothingCrossEntropy(recipe.smoothing)
+    mixup, class_weights = None, None
     if recipe.mixup or recipe.cutmix:
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(label_names))
-        criterion = SoftTargetCrossEntropy()
+    if recipe.class_weights:
+        class_weights = learning.balanced_class_weights(images['train'].labels(), len(label_names)).to(device)
+    # Not PyTorch's weighted mean: it divides by the weights of the batch, which each process has a part of.
+    criterion = nn.CrossEntropyLoss(
+        class_weights, reduction='none', label_smoothing=0.0 if mixup else recipe.smoothing)
     evaluated = ema.module if ema else model
     set_seed(recipe.seed, device_specific=True)  # mixup and dropout differ between the processes
     if checkpoint:
@@ -313,20 +404,20 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     step = progress['epochs_done'] * steps_per_epoch
     for epoch in range(progress['epochs_done'], recipe.epochs):
         train_loader.set_epoch(epoch)  # and with it the images'
-        model.train()
+        learning.train_mode(model)
         synchronize(device)
         start, last_loss = time.perf_counter(), None
         for batch, labels in tqdm(
                 train_loader, f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1, disable=not is_main):
             with accelerator.accumulate(model):
-                if has_temperature:
+                if anneals:
                     temperature = annealed_temperature(step / total_steps, recipe.temperature, recipe.annealed_by)
                     set_temperature(model, kernel=temperature)
                 batch = erase(normalize(batch))
                 if mixup:
                     batch, labels = mixup(batch, labels)
                 with accelerator.autocast():
-                    loss = criterion(model(batch), labels)
+                    loss = criterion(model(batch), labels).mean()
                 # The loss before this one is known by now; to wait for this one would stall the device.
                 check_finite(last_loss, step - 1, optimizer)
                 last_loss = loss.detach()
@@ -340,7 +431,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
                 scheduler.step_update(step)
                 if ema:
                     ema.update(accelerator.unwrap_model(model), step)
-                    if has_temperature:
+                    if anneals:
                         set_temperature(ema.module, kernel=temperature)  # the present one, not an average
         check_finite(last_loss, step - 1, optimizer)
         synchronize(device)
@@ -350,7 +441,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         progress |= dict(epochs_done=epoch + 1, metrics=metrics, epoch_seconds=[*progress['epoch_seconds'], seconds])
         if metrics['top1'] > progress['best_top1']:
             progress |= dict(best_top1=metrics['top1'], best_epoch=epoch + 1)
-        logged = dict(metrics, train_loss=last_loss.item(), lr=optimizer.param_groups[0]['lr'], epoch_seconds=seconds)
+        logged = dict(metrics, train_loss=last_loss.item(), lr=learning_rate(optimizer), epoch_seconds=seconds)
         accelerator.log(logged, step=epoch + 1)
         accelerator.print(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4g}' for name, value in logged.items()))
         checkpoints.save(accelerator, output / 'checkpoints', progress)
@@ -360,12 +451,14 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     if is_main:
         metrics, final = progress['metrics'], accelerator.unwrap_model(evaluated)
         save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=data_config)
+        model_args = json.loads((output / 'config.json').read_text()).get('model_args', {})
+        model_args = {k: v for k, v in model_args.items() if k not in ('in_chans', 'global_pool')}  # always there
         accuracy = metrics['top1'] / 100
         epoch_seconds = statistics.median(progress['epoch_seconds'][1:] or progress['epoch_seconds'])
         inference = time_inference(
             accelerator, final, input_size, min(recipe.batch_size, len(images['validation'])), recipe.channels_last)
         record = dict(
-            model=recipe.model, model_args={}, preset=preset, recipe=dataclasses.asdict(recipe),
+            model=recipe.model, model_args=model_args, init=origin, preset=preset, recipe=dataclasses.asdict(recipe),
             command=command_line(),
             dataset=Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset,
             train_split=images['train'].split, train_images=len(images['train']),

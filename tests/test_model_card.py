@@ -19,7 +19,7 @@ REPO = 'acme/resnet18_fmd_cifar.digits'
 def make_record(**changes):
     """What training leaves, with made-up numbers."""
     return {
-        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'preset': 'digits', 'recipe': {'epochs': 3},
+        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'init': None, 'preset': 'digits', 'recipe': {'epochs': 3},
         'command': 'python recipes/train.py --preset digits --seed 7', 'dataset': 'digits',
         'train_split': 'train', 'train_images': 1437, 'validation_split': 'test', 'validation_images': 360,
         'num_classes': 10, 'label_names': [f'digit {i}' for i in range(10)],
@@ -78,6 +78,7 @@ def test_only_hub_ids_are_listed_as_datasets():
     '| Global batch | 128 |',
     'python recipes/train.py --preset digits --seed 7',
     '| Architecture | `resnet18_fmd_cifar`, `{"num_kernels": 2}` |',
+    '| Started from | random weights |',
     '| Dataset | `digits`, 10 classes |',
     '| Training split | `train`, 1,437 images |',
     '| Validation split | `test`, 360 images |',
@@ -140,6 +141,24 @@ def test_usage_runs_as_pasted(in_chans, num_classes, tmp_path):
     probabilities, indices = logits.softmax(dim=-1)[0].topk(min(5, num_classes))
     lines = [f'digit {index}: {probability:.1%}' for probability, index in zip(probabilities, indices)]
     assert done.stdout.splitlines() == lines
+
+
+def test_a_fine_tune_says_what_it_started_from_and_keeps_its_licence():
+    commit = '0123456789abcdef0123456789abcdef01234567'
+    init = dict(
+        weights='resnet18.a1_in1k', architecture='resnet18', inflated=True, repo='timm/resnet18.a1_in1k',
+        revision=f'commit {commit}', license='cc-by-nc-4.0', classifier='new',
+    )
+    card = make_card(make_record(init=init), REPO)
+    row = f'| Started from | `resnet18.a1_in1k` (a static `resnet18`, inflated), commit `{commit}`, new classifier |'
+    assert row in card.text.splitlines()
+    assert (card.data.license, card.data.base_model) == ('cc-by-nc-4.0', 'timm/resnet18.a1_in1k')
+    assert 'The weights started from `resnet18.a1_in1k`, whose licence is `cc-by-nc-4.0`.' in card.text
+
+    init |= dict(weights='run', inflated=False, repo=None, revision='sha256 abc', license=None, classifier='kept')
+    card = make_card(make_record(init=init), REPO)
+    assert '| Started from | `run` (`resnet18`), sha256 `abc`, kept classifier |' in card.text.splitlines()
+    assert (card.data.license, card.data.base_model) == ('unknown', None)
 
 
 def check_committed_card(path):

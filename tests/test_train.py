@@ -15,7 +15,7 @@ import timm
 import tiny
 import torch
 import train
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from fmd_timm.schedule import annealed_temperature
@@ -23,22 +23,7 @@ from fmd_timm.schedule import annealed_temperature
 RECIPES = Path(train.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator(monkeypatch):
-    monkeypatch.setattr(train, 'use_all_cores', lambda accelerator: None)  # this process goes on with other tests
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope='module')
-def digits_folder(tmp_path_factory):
-    """64 digits to train and 50 to validate, as a folder of parquet files."""
-    folder = tmp_path_factory.mktemp('digits')
-    digits = data.load_digits()
-    digits['train'].select(range(64)).to_parquet(folder / 'train.parquet')
-    digits['test'].select(range(50)).to_parquet(folder / 'test.parquet')
-    return folder
+pytestmark = pytest.mark.usefixtures('fresh_accelerator')
 
 
 def make_recipe(folder, **changes):
@@ -171,13 +156,13 @@ def recorded(seed, epoch, row):
 
 data._seeded = recorded
 
-class Recorder(train.LabelSmoothingCrossEntropy):
+class Recorder(train.nn.CrossEntropyLoss):
     def forward(self, logits, labels):
         with open({str(tmp_path)!r} + '/labels' + os.environ['RANK'], 'a') as file:
             file.write(' '.join(map(str, labels.tolist())) + chr(10))
         return super().forward(logits, labels)
 
-train.LabelSmoothingCrossEntropy = Recorder
+train.nn.CrossEntropyLoss = Recorder
 train.main(**vars(train.parse_arguments(sys.argv[1:])))
 ''')
     launch(2, script, 'digits', '--model', tiny.NAME, '--dataset', tmp_path / 'rows', '--epochs', 2, '--batch-size', 16,
@@ -218,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
 
 def test_every_preset_is_valid_and_help_shows_its_values(capsys):
     for preset, recipe in train.PRESETS.items():
-        train.check_recipe(recipe)
+        train.check_recipe(recipe if recipe.model else dataclasses.replace(recipe, init='hf-hub:acme/digits'))
         with pytest.raises(SystemExit) as exit:
             train.parse_arguments([preset, '--help'])
         assert exit.value.code == 0
