@@ -318,7 +318,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     device, is_main = accelerator.device, accelerator.is_main_process
     with accelerator.main_process_first():  # downloads once
         network, origin = first_network(recipe)
-    recipe = dataclasses.replace(
+    asked, recipe = recipe, dataclasses.replace(
         recipe, model=recipe.model or origin['architecture'],
         image_size=recipe.image_size or network.pretrained_cfg['input_size'][-1],
         temperature=30.0 if recipe.temperature is None and origin is None else recipe.temperature,
@@ -326,7 +326,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     parameters = sum(p.numel() for p in network.parameters())
     checkpoint = checkpoints.check_output(output, resume, model_bytes=4 * parameters)
     # The settings that must agree with a checkpoint's; the others change how a run is executed, not its result.
-    settings = dict(preset=preset, **dataclasses.asdict(recipe), init_revision=origin and origin['revision'])
+    settings = dict(preset=preset, **dataclasses.asdict(asked), init_revision=origin and origin['revision'])
     del settings['num_workers'], settings['tracker']
     progress = dict(settings=settings, epochs_done=0, epoch_seconds=[], metrics=None, best_epoch=0, best_top1=-1.0)
     if checkpoint:
@@ -458,8 +458,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         inference = time_inference(
             accelerator, final, input_size, min(recipe.batch_size, len(images['validation'])), recipe.channels_last)
         record = dict(
-            model=recipe.model, model_args=model_args, init=origin, preset=preset, recipe=dataclasses.asdict(recipe),
-            command=command_line(),
+            model=recipe.model, model_args=model_args, init=origin, preset=preset, recipe=dataclasses.asdict(asked),
+            temperature=recipe.temperature, command=command_line(),
             dataset=Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset,
             train_split=images['train'].split, train_images=len(images['train']),
             validation_split=images['validation'].split, validation_images=len(images['validation']),

@@ -108,14 +108,15 @@ def test_as_many_classes_of_other_names_get_a_new_classifier():
 @pytest.mark.parametrize('temperature, expected', [(None, 3.0), (30.0, 1.0)])
 def test_the_temperature_of_a_checkpoint_stays_unless_one_is_asked_for(
         temperature, expected, letters_folder, checkpoint, tmp_path):
-    run(make_finetune(letters_folder, checkpoint, temperature=temperature, ema_decay=0.9), tmp_path)
+    record = run(make_finetune(letters_folder, checkpoint, temperature=temperature, ema_decay=0.9), tmp_path)
+    assert record['temperature'] == temperature
     saved = {tensor.item() for key, tensor in weights_of(tmp_path).items() if key.endswith('kernel_temperature')}
     assert saved == {expected}
 
 
 def test_a_run_from_random_weights_starts_at_30(digits_folder, tmp_path):
     record = run(make_recipe(digits_folder, epochs=1), tmp_path)
-    assert record['init'] is None and record['recipe']['temperature'] == 30.0
+    assert record['init'] is None and record['temperature'] == 30.0
 
 
 def test_a_resumed_fine_tune_ends_with_the_same_weights(letters_folder, checkpoint, tmp_path, monkeypatch):
