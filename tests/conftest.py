@@ -5,13 +5,27 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest  # noqa: E402
 
-import fmd_timm.ops  # noqa: E402
+from fmd_timm.ops import cpu, dense, gemm, per_image, reference  # noqa: E402
+
+FITS = {
+    reference: lambda num_kernels, has_taps, groups: True,
+    dense: lambda num_kernels, has_taps, groups: not has_taps and (groups == 1 or num_kernels == 1),
+    gemm: lambda num_kernels, has_taps, groups: groups == 1,
+    per_image: lambda num_kernels, has_taps, groups: True,
+}
 
 
-@pytest.fixture(params=['reference', 'dense'])
+@pytest.fixture(params=FITS, ids=lambda module: module.__name__.rpartition('.')[2])
 def implementation(request, monkeypatch):
-    """Run the test with each implementation of dynamic_conv2d wherever that one applies."""
-    monkeypatch.setattr(fmd_timm.ops, '_prefers_dense', lambda batch, out_pixels: request.param == 'dense')
+    """Run the test with each implementation of dynamic_conv2d for the CPU wherever that one applies."""
+    rule = cpu.choose
+
+    def choose(batch, num_kernels, out_pixels, has_taps, groups, depthwise):
+        if FITS[request.param](num_kernels, has_taps, groups):
+            return request.param
+        return rule(batch, num_kernels, out_pixels, has_taps, groups, depthwise)
+
+    monkeypatch.setattr(cpu, 'choose', choose)
 
 
 @pytest.fixture

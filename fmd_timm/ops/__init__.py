@@ -1,14 +1,15 @@
-"""The operator behind every dynamic convolution, and the rule that picks its implementation.
+"""The operator behind every dynamic convolution.
 
-`reference.py` is the definition; faster implementations get a file each beside it and are chosen here. PyTorch sees one
-operator with its gradients, `torch.ops.fmd_timm.dynamic_conv2d`, which importing this package registers: what
-`torch.compile` and `torch.export` make of a network holds for any batch.
+`reference.py` is the definition; faster implementations have a file each beside it. PyTorch's dispatcher chooses the
+device, and `cpu.py` holds the rules that choose among those of the CPU. PyTorch sees one operator with its gradients,
+`torch.ops.fmd_timm.dynamic_conv2d`, which importing this package registers: what `torch.compile` and `torch.export`
+make of a network holds for any batch.
 """
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import dense, reference
+from . import cpu, reference
 
 __all__ = ['dynamic_conv2d']
 
@@ -117,37 +118,28 @@ def _output_size(x, weight, kernel_attn, stride, padding, dilation) -> tuple[int
     return x.shape[0], weight.shape[0] // K, height, width
 
 
-def _prefers_dense(batch: int, out_pixels: int) -> bool:
-    """Whether K convolutions cost less than a mixed kernel for every image, by the number of output pixels H' * W'.
-
-    Measured on CPU (2 threads, torch 2.15), training step of 3x3 convolutions on 64 images, CPU time, median of 3: the
-    dense form takes 0.34 of the reference's time at 8x8 pixels, 1.6 at 16x16. A single image needs a single kernel.
-    """
-    return batch > 1 and out_pixels <= 100
-
-
-def _uses_dense(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups) -> bool:
-    batch, _, height, width = _output_size(x, weight, kernel_attn, stride, padding, dilation)
-    return kernel_attn is not None and tap_attn is None and groups == 1 and _prefers_dense(batch, height * width)
-
-
 def _memory_format(x: Tensor) -> torch.memory_format:
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @torch.library.custom_op('fmd_timm::dynamic_conv2d', mutates_args=(), schema=f'({ARGUMENTS}) -> Tensor')
-def _forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups):
-    size = _output_size(x, weight, kernel_attn, stride, padding, dilation)
+def _forward(x, *args):
+    return _forward_by(reference, x, *args)
+
+
+@_forward.register_kernel('cpu')
+def _(x, *args):
+    return _forward_by(cpu, x, *args)
+
+
+def _forward_by(implementation, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, *conv_args) -> Tensor:
     if x.shape[0] == 0:
+        size = _output_size(x, weight, kernel_attn, *conv_args[:3])
         return x.new_empty(size).contiguous(memory_format=_memory_format(x))
     # x has autocast's dtype by now; the mixing, a matmul, is to keep that of the kernels.
     with torch.autocast(x.device.type, enabled=False):
-        if _uses_dense(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups):
-            y = dense.forward(x, weight, kernel_attn, in_attn, out_attn, bias, stride, padding, dilation)
-        else:
-            y = reference.forward(
-                x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups)
+        y = implementation.forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, *conv_args)
     return y.contiguous(memory_format=_memory_format(x))
 
 
@@ -162,15 +154,21 @@ def _(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding
     'fmd_timm::dynamic_conv2d_backward', mutates_args=(),
     schema=f'(Tensor grad_y, {ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
 )
-def _backward(grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups):
-    tensors = x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias
+def _backward(grad_y, *args):
+    return _backward_by(reference, grad_y, *args)
+
+
+@_backward.register_kernel('cpu')
+def _(grad_y, *args):
+    return _backward_by(cpu, grad_y, *args)
+
+
+def _backward_by(implementation, grad_y, *args) -> tuple[Tensor, ...]:
+    x, tensors = args[0], args[:7]
     if x.shape[0] == 0:
         return tuple(x.new_empty(0) if t is None else torch.zeros_like(t) for t in tensors)
-    if _uses_dense(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups):
-        gradients = dense.backward(
-            grad_y, x, weight, kernel_attn, in_attn, out_attn, bias, stride, padding, dilation)
-    else:
-        gradients = reference.backward(grad_y, *tensors, stride, padding, dilation, groups)
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = implementation.backward(grad_y, *args)
     return tuple(x.new_empty(0) if t is None else _laid_out_as(g, t) for g, t in zip(gradients, tensors))
 
 

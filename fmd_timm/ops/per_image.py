@@ -1,0 +1,128 @@
+"""Dynamic convolution on the CPU as one convolution per image, each with its own mixed kernel.
+
+Where images are large beside the kernels, a convolution of one image is as fast as its share of a batch, and all of the
+attention goes into the small kernel: images and results are not read once more for the gates. Kernels are mixed for a
+few images at a time, so that no more than these are in memory.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gemm import is_channels_last, kernel_rows, memory_format
+
+MIXED_BYTES = 6 * 2**20  # of the kernels mixed at once
+
+
+def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
+    """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0."""
+    share, bank = _share_and_bank(weight, kernel_attn, len(x))
+    gates = _gates(weight, in_attn, out_attn, tap_attn, bank.shape[1], groups)
+    biases = None
+    if bias is not None:
+        biases = share @ bias.reshape(bank.shape[0], -1)  # (B, O)
+        biases = (biases if out_attn is None else biases * out_attn.to(biases.dtype)).to(x.dtype)
+    y = None
+    for part in _parts(len(x), bank):
+        kernels = _times(_mix(share[part], bank, weight), part, *gates).to(x.dtype)
+        for i, b in enumerate(range(part.start, part.stop)):
+            bias_b = None if biases is None else biases[b]
+            y_b = F.conv2d(x[b:b + 1], kernels[i], bias_b, stride, padding, dilation, groups)
+            if len(x) == 1:
+                return y_b
+            if y is None:
+                y = y_b.new_empty(len(x), *y_b.shape[1:]).contiguous(memory_format=memory_format(y_b))
+            y[b:b + 1] = y_b  # at once, so that the next result takes the same memory
+    return y
+
+
+def backward(
+        grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, kernel_attn, in_attn, out_attn, tap_attn and bias; None for what is None."""
+    share, bank = _share_and_bank(weight, kernel_attn, len(x))
+    K, O, _ = bank.shape
+    in_gate, out_gate, tap_gate = _gates(weight, in_attn, out_attn, tap_attn, O, groups)
+    grad_weight = torch.zeros_like(weight)
+    grad_bank = kernel_rows(grad_weight, kernel_attn).flatten(1)
+    grad_x = torch.empty_like(x)
+    grad_share, grad_in, grad_out, grad_taps = [], [], [], []
+    for part in _parts(len(x), bank):
+        mixed = _mix(share[part], bank, weight)  # (b, O, i, kh, kw)
+        kernels = _times(mixed, part, in_gate, out_gate, tap_gate).to(x.dtype)
+        G = torch.empty_like(mixed)  # the gradient of each image's kernel, gates included
+        for i, b in enumerate(range(part.start, part.stop)):
+            grad_x[b:b + 1], G[i], _ = torch.ops.aten.convolution_backward(
+                grad_y[b:b + 1], x[b:b + 1], kernels[i], None, stride, padding, dilation, False, [0, 0], groups,
+                [True, True, False],
+            )
+        if in_attn is not None or out_attn is not None:
+            by_channel = _times(G * mixed, part, tap_gate).sum((3, 4), keepdim=True)
+        if in_attn is not None:
+            by_group = _times(by_channel, part, out_gate).flatten(2).unflatten(1, (groups, -1))  # (b, g, O / g, i)
+            grad_in.append(by_group.sum(2).flatten(1))
+        if out_attn is not None:
+            grad_out.append(_times(by_channel, part, in_gate).flatten(2).sum(2))
+        if tap_attn is not None:
+            by_tap = _times(G * mixed, part, in_gate).sum(2, keepdim=True)  # (b, O, 1, kh, kw)
+            grad_taps.append(_times(by_tap, part, out_gate).sum((1, 2)).flatten(1))
+        G = _times(G, part, in_gate, out_gate, tap_gate)
+        rows = (G.permute(0, 1, 3, 4, 2) if is_channels_last(weight) else G).flatten(1)  # (b, N)
+        grad_share.append(rows @ bank.flatten(1).T)
+        grad_bank.addmm_(share[part].T, rows)
+
+    grad_kernel_attn, grad_out_attn, grad_bias = torch.cat(grad_share), None, None
+    if out_attn is not None:
+        grad_out_attn = torch.cat(grad_out)
+    if bias is not None:
+        biases, of_bias = bias.reshape(K, O), grad_y.sum((2, 3), dtype=weight.dtype)  # (B, O)
+        if out_attn is not None:
+            grad_out_attn = grad_out_attn + of_bias * (share @ biases)
+            of_bias = of_bias * out_attn.to(weight.dtype)
+        grad_kernel_attn = grad_kernel_attn + of_bias @ biases.T
+        grad_bias = (share.T @ of_bias).reshape(-1)
+    return (
+        grad_x, grad_weight, None if kernel_attn is None else grad_kernel_attn,
+        None if in_attn is None else torch.cat(grad_in), grad_out_attn,
+        None if tap_attn is None else torch.cat(grad_taps), grad_bias,
+    )
+
+
+def _share_and_bank(weight: Tensor, kernel_attn: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+    share = weight.new_ones(batch, 1) if kernel_attn is None else kernel_attn.to(weight.dtype)
+    return share, kernel_rows(weight, kernel_attn)
+
+
+def _parts(batch: int, bank: Tensor) -> list[slice]:
+    step = max(MIXED_BYTES // (bank[0].numel() * bank.element_size()), 1)
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def _mix(share: Tensor, bank: Tensor, weight: Tensor) -> Tensor:
+    """share (b, K), bank (K, O, R) -> mixed kernels (b, O, i, kh, kw) with the strides of `weight`"""
+    O, (_, i, kh, kw) = bank.shape[1], weight.shape
+    rows = torch.mm(share, bank.flatten(1))
+    if is_channels_last(weight):
+        return rows.view(-1, O, kh, kw, i).permute(0, 1, 4, 2, 3)
+    return rows.view(-1, O, i, kh, kw)
+
+
+def _gates(weight, in_attn, out_attn, tap_attn, O, groups) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The factors of each image's kernel (B, O, i, kh, kw), 1 wide where they are the same."""
+    in_gate = out_gate = tap_gate = None
+    if in_attn is not None:
+        in_gate = in_attn.to(weight.dtype).unflatten(1, (groups, -1))  # (B, g, i)
+        if groups > 1:
+            in_gate = in_gate.repeat_interleave(O // groups, 1)
+        in_gate = in_gate[..., None, None]
+    if out_attn is not None:
+        out_gate = out_attn.to(weight.dtype)[..., None, None, None]
+    if tap_attn is not None:
+        tap_gate = tap_attn.to(weight.dtype).unflatten(1, weight.shape[2:])[:, None, None]
+    return in_gate, out_gate, tap_gate
+
+
+def _times(kernels: Tensor, part: slice, *gates: Tensor | None) -> Tensor:
+    for gate in gates:
+        if gate is not None:
+            kernels = kernels * gate[part]
+    return kernels
