@@ -20,7 +20,14 @@ from test_publish import make_run
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
-from transformers import TimmBackbone, TimmBackboneConfig, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    TimmBackbone,
+    TimmBackboneConfig,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from fmd_timm import set_temperature
 from fmd_timm.hub import save_for_hub
@@ -131,15 +138,26 @@ def test_pretrained_timm_backbone_of_transformers_keeps_statistics_that_are_froz
     assert all(torch.equal(tensor, kept[key]) for key, tensor in backbone.items())
 
 
-def test_timm_wrapper_of_transformers_fine_tunes_and_saves(tmp_path, digits):
-    save_for_hub(trained('resnet18_fmd_cifar'), tmp_path / 'timm')
-    model = TimmWrapperForImageClassification.from_pretrained(tmp_path / 'timm').train()
-    images, labels = digits[0][:32], digits[1][:32]
-    losses = losses_of(lambda: model(pixel_values=images, labels=labels).loss, 6, model.parameters())
-    assert losses[-1] < 0.9 * losses[0]
-    model.save_pretrained(tmp_path / 'transformers')
+def test_trainer_of_transformers_fine_tunes_and_saves(tmp_path, digits):
+    torch.manual_seed(0)
+    fresh = timm.create_model('resnet18_fmd_cifar', **NARROW)
+    set_temperature(fresh, kernel=3.0)
+    save_for_hub(fresh, tmp_path / 'timm')
+    model = TimmWrapperForImageClassification.from_pretrained(tmp_path / 'timm')
+    arguments = TrainingArguments(
+        tmp_path / 'transformers', max_steps=15, per_device_train_batch_size=32, learning_rate=0.01,
+        lr_scheduler_type='constant', logging_steps=1, save_strategy='no', report_to=[], use_cpu=True,
+        disable_tqdm=True,
+    )
+    images = [dict(pixel_values=image, labels=label) for image, label in zip(*digits)]
+    trainer = Trainer(model, arguments, train_dataset=images)
+    trainer.train()
+    losses = [entry['loss'] for entry in trainer.state.log_history if 'loss' in entry]
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    trainer.save_model()
     again = TimmWrapperForImageClassification.from_pretrained(tmp_path / 'transformers')
     assert_state_of(again, model.state_dict())
+    assert again.timm_model.layer1[0].conv1.attention.kernel_temperature.item() == 3
 
 
 def test_timm_wrapper_of_transformers_takes_a_new_classifier(tmp_path):
