@@ -10,22 +10,40 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import GroupNorm1, convert_sync_batchnorm
+from timm.layers import DropPath, GroupNorm1, convert_sync_batchnorm
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch.nn.init import calculate_gain
 
-from fmd_timm import FMDConv2d, set_temperature
+from fmd_timm import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d, set_temperature
+from fmd_timm.models._pretrained import MODULES
 
-MODELS = timm.list_models('*_fmd*')
-CONV_SIZES = 'in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups'
+METHODS = dict(cond=CondConv2d, dy=DyConv2d, od=ODConv2d, fmd=FMDConv2d)
+ALL_MODELS = timm.list_models(module=MODULES)
+# Every method on one architecture and every architecture with one method; the other combinations take minutes.
+FAST = re.compile(r'resnet18_(cond|dy|od|fmd)|resnet(18|50)_fmd(_cifar)?|resnet18_cifar|mobilenetv3_.*')
+
+
+def models(pattern):
+    """The names that match, those not in FAST marked as slow."""
+    marks = {name: () if FAST.fullmatch(name) else pytest.mark.slow for name in ALL_MODELS}
+    return [pytest.param(name, marks=marks[name]) for name in ALL_MODELS if re.search(pattern, name)]
+
+
+MODELS = models('')
+DYNAMIC = models('_(cond|dy|od|fmd)')
+DYNAMIC_NAMES = [param.values[0] for param in DYNAMIC]
+RESNETS = models('^resnet')
+CIFAR = models('_cifar$')
 
 
 def make_model(name, **kwargs):
     """A narrow network whose residual branches, unlike those of a new one, have an effect."""
     torch.manual_seed(0)
-    args = dict(channels=(8, 16, 32, 64), layers=(2, 1, 1, 1), num_classes=5, zero_init_last=False)
+    args = dict(num_classes=5)
+    if name.startswith('resnet'):
+        args.update(channels=(8, 16, 32, 64), layers=(2, 1, 1, 1), zero_init_last=False)
     return timm.create_model(name, **dict(args, **kwargs))
 
 
@@ -35,31 +53,38 @@ def make_images(batch=2):
 
 
 def static_name(name):
-    return name.partition('_')[0]
+    """timm's network of this architecture."""
+    return re.sub('_(cond|dy|od|fmd|cifar).*', '', name)
+
+
+def method_of(name):
+    return METHODS[re.search('_(cond|dy|od|fmd)', name).group(1)]
 
 
 def dynamic_convs(model):
-    return [module for module in model.modules() if isinstance(module, FMDConv2d)]
+    return [module for module in model.modules() if isinstance(module, DynamicConv2d)]
 
 
 def test_models_are_listed():
-    assert {'resnet18_fmd', 'resnet50_fmd', 'resnet18_fmd_cifar', 'resnet50_fmd_cifar'} <= set(MODELS)
+    assert set(ALL_MODELS) == {
+        *(f'resnet{depth}_{method}{suffix}' for depth in (18, 50) for method in METHODS for suffix in ('', '_cifar')),
+        'resnet18_cifar', 'resnet50_cifar', 'mobilenetv3_small_100_dy', 'mobilenetv3_small_100_fmd',
+    }
 
 
 @pytest.mark.parametrize('conv_bias', [False, True])
-@pytest.mark.parametrize('name', MODELS)
-def test_every_convolution_of_the_residual_blocks_is_dynamic_and_no_other(name, conv_bias):
+@pytest.mark.parametrize('name', [model for model in ALL_MODELS if not re.fullmatch('resnet.._cifar', model)])
+def test_every_convolution_of_the_blocks_is_of_the_method_and_no_other(name, conv_bias):
     kind = {}
     for conv_name, conv in timm.create_model(name, device='meta', conv_bias=conv_bias).named_modules():
-        if isinstance(conv, FMDConv2d):
-            assert conv.num_kernels == 4
+        if isinstance(conv, DynamicConv2d):
+            assert conv.num_kernels == 4 and type(conv) is method_of(name)
             assert (conv.bias is not None) == conv_bias
             kind[conv_name] = 'dynamic'
         elif isinstance(conv, nn.Conv2d):
-            assert conv.bias is None
             kind[conv_name] = 'static'
     of_timm = timm.create_model(static_name(name), device='meta').named_modules()
-    in_block = re.compile(r'layer\d\.\d+\.conv\d')
+    in_block = re.compile(r'layer\d\.\d+\.conv\d|blocks\.\d\.\d\.conv(_pw|_dw|_pwl)?')
     assert kind == {
         conv_name: 'dynamic' if in_block.fullmatch(conv_name) else 'static'
         for conv_name, conv in of_timm if isinstance(conv, nn.Conv2d)
@@ -67,11 +92,12 @@ def test_every_convolution_of_the_residual_blocks_is_dynamic_and_no_other(name, 
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_with_one_kernel_and_open_gates_it_is_the_resnet_of_timm(name):
-    model = make_model(name, num_kernels=1).eval()
+def test_with_one_kernel_and_open_gates_it_is_the_network_of_timm(name):
+    model = make_model(name, **(dict(num_kernels=1) if name in DYNAMIC_NAMES else {})).eval()
     for conv in dynamic_convs(model):
-        nn.init.zeros_(conv.attention.gates.weight)
-        nn.init.constant_(conv.attention.gates.bias, 100.0)  # sigmoid(100) is 1
+        conv.attention.make_constant()
+        for layer in conv.attention.last_layers:
+            nn.init.constant_(getattr(conv.attention, layer).bias, 100.0)  # sigmoid(100) is 1
     static = make_model(static_name(name)).eval()
     if name.endswith('_cifar'):
         static.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -81,7 +107,7 @@ def test_with_one_kernel_and_open_gates_it_is_the_resnet_of_timm(name):
     torch.testing.assert_close(model.double()(x), static.double()(x))
 
 
-@pytest.mark.parametrize('name', [name for name in MODELS if name.endswith('_cifar')])
+@pytest.mark.parametrize('name', CIFAR)
 def test_cifar_stem_keeps_the_resolution(name):
     model = timm.create_model(name, device='meta')
     assert model.num_classes == 10
@@ -90,14 +116,20 @@ def test_cifar_stem_keeps_the_resolution(name):
     assert model.conv1.kernel_size == (3, 3)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', DYNAMIC)
 def test_arguments_of_the_dynamic_convolutions_are_reachable(name):
-    model = make_model(name, num_kernels=2, reduction=1.0, kernel_ratio=0.5)
-    for conv in dynamic_convs(model):
+    widths = {CondConv2d: [], DyConv2d: ['kernel_ratio'], ODConv2d: ['reduction']}.get(
+        method_of(name), ['kernel_ratio', 'reduction'])
+    model = make_model(name, num_kernels=2, **{width: 0.5 for width in widths})
+    usual = make_model(name, num_kernels=2)
+    for conv, other in zip(dynamic_convs(model), dynamic_convs(usual), strict=True):
         assert conv.num_kernels == 2
         assert conv.weight.shape[0] == 2 * conv.out_channels
-        assert conv.attention.gate_hidden == max(conv.in_channels, 16)
-        assert conv.attention.kernel_hidden == conv.in_channels // 2 + 1
+        if conv.in_channels == 64 and widths:
+            assert conv.attention.squeeze.out_features > other.attention.squeeze.out_features
+    for width in {'kernel_ratio', 'reduction'}.difference(widths):
+        with pytest.raises(TypeError, match=width):
+            make_model(name, **{width: 0.5})
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -106,13 +138,13 @@ def test_unknown_argument_is_refused(name):
         timm.create_model(name, num_kernel=2)
 
 
-@pytest.mark.parametrize('name', [name for name in MODELS if not timm.is_model_pretrained(name)])
+@pytest.mark.parametrize('name', [name for name in ALL_MODELS if not timm.is_model_pretrained(name)])
 def test_without_published_weights_pretrained_says_what_there_is(name):
     with pytest.raises(RuntimeError, match=rf'{name} has no published weights \(published: .*pretrained=False'):
         timm.create_model(name, pretrained=True)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', ALL_MODELS)
 def test_unknown_tag_says_what_there_is(name):
     with pytest.raises(RuntimeError, match=rf'\(in22k\) for {name}.*Published: '):
         timm.create_model(f'{name}.in22k', pretrained=True)
@@ -129,7 +161,8 @@ def test_forward_is_features_then_head(name):
     features = model.forward_features(x)
     assert features.shape[1] == model.num_features
     pooled = model.forward_head(features, pre_logits=True)
-    torch.testing.assert_close(pooled, features.mean((2, 3)))
+    if name.startswith('resnet'):  # MobileNetV3 has a convolution behind the pooling
+        torch.testing.assert_close(pooled, features.mean((2, 3)))
     torch.testing.assert_close(model(x), model.get_classifier()(pooled))
 
 
@@ -143,7 +176,9 @@ def test_intermediates_are_those_of_the_network_also_after_pruning(name):
     torch.testing.assert_close(chosen, [intermediates[1], intermediates[3]])
     assert model.prune_intermediate_layers([1, 2]) == [1, 2]
     torch.testing.assert_close(model.forward_features(x), intermediates[2])
-    assert not list(model.layer3.parameters()) and not list(model.get_classifier().parameters())
+    assert not list(model.get_classifier().parameters())
+    if name.startswith('resnet'):
+        assert not list(model.layer3.parameters())
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -154,7 +189,7 @@ def test_features_only_has_the_channels_and_reductions_it_states(name):
     assert [(f.shape[1], 64 // f.shape[2]) for f in model(make_images())] == stated
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_output_stride_dilates_the_same_weights(name):
     full = 8 if name.endswith('_cifar') else 32
     state = make_model(name).state_dict()
@@ -167,7 +202,7 @@ def test_output_stride_dilates_the_same_weights(name):
         make_model(name, output_stride=full * 2)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 @pytest.mark.parametrize('pool, factor', [('avg', 1), ('max', 1), ('avgmax', 1), ('catavgmax', 2)])
 def test_global_pool(name, pool, factor):
     model = make_model(name, global_pool=pool)
@@ -175,7 +210,7 @@ def test_global_pool(name, pool, factor):
     assert model(make_images()).shape == (2, 5)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_without_global_pool_the_output_is_the_feature_map(name):
     model = make_model(name, num_classes=0, global_pool='').eval()
     torch.testing.assert_close(model(make_images()), model.forward_features(make_images()))
@@ -184,12 +219,13 @@ def test_without_global_pool_the_output_is_the_feature_map(name):
 @pytest.mark.parametrize('name', MODELS)
 def test_reset_classifier(name):
     model, x = make_model(name, global_pool='max').eval(), make_images()
+    classifier = model.pretrained_cfg['classifier']
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(3)
     assert model.num_classes == 3 and model(x).shape == (2, 3)
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), pooled)
-    assert model.get_classifier(name_only=True) == 'fc'
+    assert model.get_classifier() is model.get_submodule(classifier)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -198,7 +234,7 @@ def test_reset_classifier_keeps_frozen_parameters_frozen(name):
     model.reset_classifier(3)
     model(make_images()).sum().backward()
     trained = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == {'fc.weight', 'fc.bias'}
+    assert trained == {f'{model.pretrained_cfg["classifier"]}.{part}' for part in ('weight', 'bias')}
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -215,17 +251,19 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 @pytest.mark.parametrize('name', MODELS)
 def test_parameters_of_a_block_are_one_group(name, coarse):
     groups = group_parameters(make_model(name), make_model(name).group_matcher(coarse=coarse), reverse=True)
-    depth = 1 if coarse else 2
+    block, count = (r'layer\d', 4) if name.startswith('resnet') else (r'blocks\.\d', 6)
+    if not coarse:
+        block, count = rf'{block}\.\d', {4: 5, 6: 12}[count]
     blocks = {}
     for parameter, group in groups.items():
-        if parameter.startswith('layer'):
-            blocks.setdefault('.'.join(parameter.split('.')[:depth]), set()).add(group)
-    assert len(blocks) == (4 if coarse else 5)
+        if match := re.match(block, parameter):
+            blocks.setdefault(match.group(), set()).add(group)
+    assert len(blocks) == count
     assert all(len(group) == 1 for group in blocks.values())
     assert len(set.union(*blocks.values())) == len(blocks)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', DYNAMIC)
 def test_weight_decay_is_for_kernels_and_attention_matrices_only(name):
     model = make_model(name, conv_bias=True)
     no_decay, decay = param_groups_weight_decay(model, 0.1)
@@ -234,7 +272,7 @@ def test_weight_decay_is_for_kernels_and_attention_matrices_only(name):
     decaying = {name_of[parameter] for parameter in decay['params']}
     matrices = {
         f'{key}.weight' for key, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear, FMDConv2d))
+        if isinstance(module, (nn.Conv2d, nn.Linear, DynamicConv2d))
     }
     assert decaying == matrices
     assert {name_of[parameter] for parameter in no_decay['params']} == set(name_of.values()) - matrices
@@ -244,7 +282,7 @@ def test_weight_decay_is_for_kernels_and_attention_matrices_only(name):
 def test_drop_path_drops_branches_in_training_only(name):
     plain, model, x = make_model(name).eval(), make_model(name, drop_path_rate=0.9).eval(), make_images(8)
     torch.testing.assert_close(model(x), plain(x))
-    assert model.layer4[0].drop_path.drop_prob == pytest.approx(0.9)
+    assert max(module.drop_prob for module in model.modules() if isinstance(module, DropPath)) > 0.7
     model.train()
     assert not torch.equal(model(x), model(x))
 
@@ -253,21 +291,40 @@ def test_drop_path_drops_branches_in_training_only(name):
 def test_norm_layer_replaces_the_norms_outside_the_attention(name):
     model = make_model(name, norm_layer=GroupNorm1)
     norms = {key for key, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
-    assert norms == {f'{key}.attention.bn' for key, conv in model.named_modules() if isinstance(conv, FMDConv2d)}
+    assert norms == {key for key, _ in model.named_modules() if key.endswith('.attention.bn')}
     assert model(make_images()).isfinite().all()
 
 
+@pytest.mark.parametrize('name', models('mobilenet'))
+def test_kernels_of_mobilenetv3_are_initialised_as_those_of_timm(name):
+    static = timm.create_model('mobilenetv3_small_100')
+    for key, conv in timm.create_model(name).named_modules():
+        if isinstance(conv, DynamicConv2d):
+            for kernel in conv.weight.chunk(4):
+                # of both, five standard errors of a standard deviation
+                expected = static.get_submodule(key).weight.std().item()
+                assert kernel.std().item() == pytest.approx(expected, rel=10 / (2 * kernel.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize('name', models('mobilenet'))
+def test_features_of_mobilenetv3_can_be_dilated(name):
+    state = make_model(name).state_dict()
+    model = make_model(name, features_only=True, output_stride=16)
+    model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()})
+    assert [f.shape[-1] for f in model(make_images())] == [32, 16, 8, 4, 4]
+
+
 @pytest.mark.parametrize('zero_init_last', [False, True])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', RESNETS)
 def test_zero_init_last_closes_the_residual_branches(name, zero_init_last):
     model = make_model(name, zero_init_last=zero_init_last)
-    last = 'bn2' if static_name(name) == 'resnet18' else 'bn3'
+    last = 'bn2' if name.startswith('resnet18') else 'bn3'
     for stage in model.layer1, model.layer2, model.layer3, model.layer4:
         for block in stage:
             assert (getattr(block, last).weight == (0 if zero_init_last else 1)).all()
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', models('^resnet.*_(cond|dy|od|fmd)'))
 def test_init_weights_gives_each_kernel_its_own_fan_out(name):
     model = make_model(name)
     with torch.no_grad():
@@ -281,12 +338,12 @@ def test_init_weights_gives_each_kernel_its_own_fan_out(name):
             assert kernel.std().item() == pytest.approx(expected, rel=5 / (2 * kernel.numel()) ** 0.5)
 
 
-@pytest.mark.parametrize('name', MODELS)
-@pytest.mark.parametrize('convert', [
-    pytest.param(nn.SyncBatchNorm.convert_sync_batchnorm, id='torch'),
-    pytest.param(convert_sync_batchnorm, id='timm'),
+@pytest.mark.parametrize('convert, name', [
+    # torch's would lose the activations that MobileNetV3 has in its BatchNorms
+    *(pytest.param(nn.SyncBatchNorm.convert_sync_batchnorm, *param.values, marks=param.marks) for param in RESNETS),
+    *(pytest.param(convert_sync_batchnorm, *param.values, marks=param.marks) for param in MODELS),
 ])
-def test_sync_batchnorm_replaces_every_batchnorm_and_keeps_the_result(name, convert):
+def test_sync_batchnorm_replaces_every_batchnorm_and_keeps_the_result(convert, name):
     model = make_model(name)
     model(make_images(4))  # statistics that are not the initial ones
     model.eval()
@@ -298,7 +355,7 @@ def test_sync_batchnorm_replaces_every_batchnorm_and_keeps_the_result(name, conv
     torch.testing.assert_close(model(make_images()), expected)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', DYNAMIC)
 def test_copies_compute_the_same(name):
     model = make_model(name).eval()
     set_temperature(model, kernel=17.5, gate=3.0)
@@ -307,17 +364,20 @@ def test_copies_compute_the_same(name):
         torch.testing.assert_close(clone(make_images()), expected)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', DYNAMIC)
 def test_temperature_of_a_network_reaches_every_dynamic_convolution(name):
     model = make_model(name).eval()
     cold = model(make_images())
     set_temperature(model, kernel=17.5, gate=3.0)
-    assert not torch.equal(model(make_images()), cold)
+    assert torch.equal(model(make_images()), cold) == (method_of(name) is CondConv2d)  # it has none
+    expected = {CondConv2d: {}, FMDConv2d: dict(kernel_temperature=17.5, gate_temperature=3.0)}.get(
+        method_of(name), dict(kernel_temperature=17.5))
     for conv in dynamic_convs(model):
-        assert (conv.attention.kernel_temperature.item(), conv.attention.gate_temperature.item()) == (17.5, 3.0)
+        found = {key: buffer.item() for key, buffer in conv.attention.named_buffers(recurse=False)}
+        assert found == expected
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', DYNAMIC)
 def test_ema_follows_weights_and_temperature(name):
     model = make_model(name)
     ema = ModelEmaV3(model, decay=0.5)
@@ -331,8 +391,10 @@ def test_ema_follows_weights_and_temperature(name):
         if value.is_floating_point():
             torch.testing.assert_close(value, (before[key] + model.state_dict()[key]) / 2)
     set_temperature(ema, kernel=1.0)
-    assert all(conv.attention.kernel_temperature == 1 for conv in dynamic_convs(ema.module))
-    assert all(conv.attention.kernel_temperature == 9 for conv in dynamic_convs(model))
+    for network, expected in (ema.module, 1), (model, 9):
+        temperatures = [buffer for key, buffer in network.named_buffers() if key.endswith('kernel_temperature')]
+        assert all(temperature == expected for temperature in temperatures)
+        assert len(temperatures) == (0 if method_of(name) is CondConv2d else len(dynamic_convs(network)))
     assert ema(make_images()).isfinite().all()
 
 
@@ -370,6 +432,7 @@ def test_network_on_the_meta_device_takes_the_weights_of_another(name):
 
 
 @pytest.mark.parametrize('args', [dict(output_stride=32), dict(stem_type='deep'), dict(replace_stem_pool=True)])
-def test_networks_for_small_images_refuse_what_their_stem_has_not(args):
+@pytest.mark.parametrize('name', ['resnet18_cifar', 'resnet18_fmd_cifar'])
+def test_networks_for_small_images_refuse_what_their_stem_has_not(name, args):
     with pytest.raises(ValueError, match=f'{list(args)[0]} must be .* got {list(args.values())[0]!r}'):
-        timm.create_model('resnet18_fmd_cifar', device='meta', **args)
+        timm.create_model(name, device='meta', **args)

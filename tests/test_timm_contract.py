@@ -14,6 +14,8 @@ TESTS_PER_MODEL = 11  # of timm 1.0.31: forward, backward, cfgs, script, feature
 
 # timm's tests collect their models with list_models. Those of intermediate features ask for timm's own modules by name.
 PLUGIN = """
+import os
+
 import timm
 
 import fmd_timm
@@ -22,8 +24,8 @@ list_all_models = timm.list_models
 
 
 def list_models(filter='', module='', **kwargs):
-    module = [*module, 'dynamic_resnet'] if module else ''
-    return [name for name in list_all_models(filter, module, **kwargs) if '_fmd' in name]
+    ours = list_all_models(filter, fmd_timm.models._pretrained.MODULES, **kwargs)
+    return [name for name in ours if os.environ['ONLY'] in name]
 
 
 timm.list_models = list_models
@@ -50,9 +52,14 @@ def timm_tests(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('family', ['resnet18_fmd', pytest.param('resnet50_fmd', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('family', [
+    'resnet18_fmd', 'mobilenetv3_small_100_dy',
+    *(pytest.param(family, marks=pytest.mark.slow) for family in (
+        'resnet50_fmd', 'resnet18_cond', 'resnet18_dy', 'resnet18_od', 'resnet18_cifar', 'mobilenetv3_small_100_fmd')),
+])
 def test_timm_tests_of_its_models_pass_on_ours(family, timm_tests):
     env = {key: value for key, value in os.environ.items() if key != 'GITHUB_ACTIONS'}  # where they leave some out
+    env['ONLY'] = family
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-p', 'only_fmd', '-p', 'no:cacheprovider', '-q', 'tests/test_models.py',
          '-k', f'{family} and not pretrained'],

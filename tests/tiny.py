@@ -12,7 +12,7 @@ default_cfgs = generate_default_cfgs({NAME: dynamic_resnet.default_cfgs['resnet1
 @register_model
 def tiny_dynamic(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     model_args = dict(block=dynamic_resnet.DynamicBasicBlock, layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
-    return dynamic_resnet.build_dynamic_model(CifarDynamicResNet, NAME, pretrained, **dict(model_args, **kwargs))
+    return dynamic_resnet.build_model(CifarDynamicResNet, NAME, pretrained, **dict(model_args, **kwargs))
 
 
 if __name__ == '__main__':

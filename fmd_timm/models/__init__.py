@@ -1,1 +1,3 @@
+from .cifar_resnet import *
+from .dynamic_mobilenetv3 import *
 from .dynamic_resnet import *

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
-from timm.models import build_model_with_cfg, list_pretrained, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, list_models, resolve_pretrained_cfg
 
-__all__ = ['HUB_CARDS', 'WEIGHTS_NAME', 'build_dynamic_model', 'with_published_tags']
+__all__ = ['HUB_CARDS', 'MODULES', 'WEIGHTS_NAME', 'build_model', 'with_published_tags']
+
+MODULES = ['cifar_resnet', 'dynamic_mobilenetv3', 'dynamic_resnet']  # of our models in timm's registry
 
 WEIGHTS_NAME = 'model.safetensors'  # timm falls back to a pickle where no name is given
 
@@ -39,7 +41,7 @@ def with_published_tags(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
     return {**cfgs, **published}
 
 
-def build_dynamic_model(
+def build_model(
         model_cls,
         variant: str,
         pretrained: bool,
@@ -68,7 +70,7 @@ def build_dynamic_model(
 
 
 def _fetch_weights(variant, pretrained_cfg, pretrained_cfg_overlay, cache_dir) -> None:
-    published = ', '.join(list_pretrained('*_fmd*')) or 'none yet'
+    published = ', '.join(list_models(module=MODULES, pretrained=True)) or 'none yet'
     try:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     except RuntimeError as error:
