@@ -297,10 +297,10 @@ def check_finite(loss: torch.Tensor | None, step: int, optimizer: torch.optim.Op
         )
 
 
-def command_line() -> str:
+def command_line(script: str = 'train.py') -> str:
     """How this process was started, as one would type it."""
     launcher = 'accelerate launch' if 'ACCELERATE_MIXED_PRECISION' in os.environ else 'python'
-    return f'{launcher} recipes/train.py {shlex.join(sys.argv[1:])}'.strip()
+    return f'{launcher} recipes/{script} {shlex.join(sys.argv[1:])}'.strip()
 
 
 def git_commit() -> str | None:

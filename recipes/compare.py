@@ -1,0 +1,156 @@
+"""Compare the methods with the static network:  accelerate launch recipes/compare.py <preset> [--models NAME ...]
+[--seeds 3] [--output FOLDER] [--option value ...]
+
+Trains each model with the very same recipe, which is the preset's but for the options of `recipes/train.py` that are
+given here too. First `recipes/timing.py` times all models in turn, which also finds what can't run before hours of
+training; then the models train one after the other, seed by seed, each run in a process of its own. The output folder
+gets `timing.json`, the runs in `<model>/seed_<n>/`, and from their records `comparison.json`, `table.md` and the
+pictures `training` and `inference` (PNG and SVG).
+
+The same command goes on where it was stopped: finished runs are kept, an interrupted one resumes from its checkpoint. A
+run that fails does not end the others. The checkpoints of a finished run are removed.
+"""
+import argparse
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import report
+import timm
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from measure import device_name, use_all_cores, versions
+from train import PRESETS, Recipe, check_recipe, parse_arguments
+
+from fmd_timm import DynamicConv2d
+
+METHODS = 'cond', 'dy', 'od', 'fmd'
+RECIPES = Path(__file__).parent
+
+
+def parse_comparison(argv: list[str]) -> argparse.Namespace:
+    """preset, recipe, models, seeds, output, and the arguments for recipes/train.py that all runs share."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        usage='compare.py [preset] [--models NAME ...] [--seeds N] [--output FOLDER] [--option of train.py ...]',
+    )
+    parser.add_argument(
+        '--models', nargs='+', metavar='NAME', help='one static network and dynamic ones (those of the preset)')
+    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs per model, with seeds 0 to N - 1 (3)')
+    parser.add_argument('--output', type=Path, metavar='FOLDER', help='for the results (runs/compare_<preset>)')
+    args, shared = parser.parse_known_args(argv)
+    run = parse_arguments(shared)
+    usual = PRESETS[run.preset]
+    if (run.recipe.model, run.recipe.seed, run.resume) != (usual.model, usual.seed, None):
+        parser.error('--model, --seed and --resume are those of each run: see --models and --seeds')
+    if run.recipe.init or usual.model is None:
+        parser.error('a comparison trains from random weights: leave out --init and the preset finetune')
+    if args.seeds < 1:
+        parser.error(f'--seeds must be at least 1, got {args.seeds}')
+    models = args.models or [usual.model.replace('_fmd', infix) for infix in ('', *(f'_{m}' for m in METHODS))]
+    if len(set(models)) < len(models):
+        parser.error(f'--models names a model twice: {" ".join(models)}')
+    return argparse.Namespace(
+        preset=run.preset, recipe=run.recipe, models=models, seeds=args.seeds,
+        output=args.output or Path('runs', f'compare_{run.preset}'), shared=shared,
+    )
+
+
+def static_first(models: list[str]) -> list[str]:
+    """The models, the one without dynamic convolutions first."""
+    static = [
+        name for name in models
+        if not any(isinstance(m, DynamicConv2d) for m in timm.create_model(name, device='meta').modules())
+    ]
+    if len(static) != 1:
+        raise SystemExit(
+            f'--models must hold exactly one static network, which the others are compared with, got '
+            f'{" and ".join(static) or "none"} among {", ".join(models)}'
+        )
+    return sorted(models, key=lambda name: name != static[0])
+
+
+def run_recipe(state: PartialState, script: str, arguments: list[str]) -> bool:
+    """Run a recipe in a process of its own beside each of ours, as `accelerate launch` would; False if one failed.
+
+    So the peak memory of a run is its own, and what ends a run, a lack of memory say, does not end the comparison.
+    """
+    environment = dict(os.environ)
+    if state.num_processes > 1:  # they meet at a port of their own: the launcher's is where we have met
+        port = [None]
+        if state.is_main_process:
+            with socket.socket() as free:
+                free.bind(('', 0))
+                port = [free.getsockname()[1]]
+        broadcast_object_list(port)
+        environment |= dict(MASTER_PORT=str(port[0]), TORCHELASTIC_USE_AGENT_STORE='False')
+    child = subprocess.Popen([sys.executable, RECIPES / script, *arguments], env=environment)
+    try:
+        codes = [None]
+        while None in codes and not any(codes):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=1)
+            codes = gather_object([child.poll()])
+    finally:
+        child.kill()  # where another process failed, or this one is told to stop
+        child.wait()
+    return not any(codes)
+
+
+def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Path, shared: list[str]) -> None:
+    # What can be refused at once; recipes/timing.py refuses the rest
+    for name in models:
+        check_recipe(dataclasses.replace(recipe, model=name))
+    models = static_first(models)
+    state = PartialState(cpu=True)  # it only starts and watches others: the GPU is theirs
+    use_all_cores(state)
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env('ACCELERATE_USE_CPU')
+    device = torch.device('cuda', state.local_process_index) if on_gpu else state.device
+    found = report.read_records(output)
+    if found:
+        here = dict(
+            next(iter(found.values())), recipe=dataclasses.asdict(recipe), device=device_name(device),
+            device_count=state.num_processes, versions=versions())
+        report.check_comparable({Path('this run'): here, **found})
+    if state.is_main_process:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / '.writable').touch()
+            (output / '.writable').unlink()
+        except OSError as error:
+            raise SystemExit(f'--output {output} cannot be written: {error}') from error
+    state.wait_for_everyone()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end the child
+
+    timed = found.get(output / 'timing.json', {}).get('models', [])
+    if timed != models and not run_recipe(
+            state, 'timing.py', [*shared, '--models', *models, '--output', str(output)]):
+        raise SystemExit('a model could not be timed, and none was trained: see the error above')
+
+    runs = [(name, seed, output / name / f'seed_{seed}') for seed in range(seeds) for name in models]
+    failed = []
+    for i, (name, seed, folder) in enumerate(runs, 1):
+        if (folder / 'result.json').exists():
+            continue
+        state.print(f'run {i} of {len(runs)}: {name}, seed {seed}', flush=True)
+        arguments = ['--model', name, '--seed', str(seed), '--output', str(folder), '--resume', 'auto']
+        if not run_recipe(state, 'train.py', [*shared, *arguments]):
+            failed.append(f'{name} with seed {seed}')
+        elif state.is_main_process:
+            shutil.rmtree(folder / 'checkpoints')
+    if state.is_main_process:
+        print(report.write(output))
+    if failed:
+        raise SystemExit(f'failed, and left out of the table: {", ".join(failed)}; the same command tries again')
+    state.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(**vars(parse_comparison(sys.argv[1:])))
