@@ -140,13 +140,13 @@ def test_unknown_argument_is_refused(name):
 
 @pytest.mark.parametrize('name', [name for name in ALL_MODELS if not timm.is_model_pretrained(name)])
 def test_without_published_weights_pretrained_says_what_there_is(name):
-    with pytest.raises(RuntimeError, match=rf'{name} has no published weights \(published: .*pretrained=False'):
+    with pytest.raises(RuntimeError, match=rf'{name} has no published weights \(with weights: .*pretrained=False'):
         timm.create_model(name, pretrained=True)
 
 
 @pytest.mark.parametrize('name', ALL_MODELS)
 def test_unknown_tag_says_what_there_is(name):
-    with pytest.raises(RuntimeError, match=rf'\(in22k\) for {name}.*Published: '):
+    with pytest.raises(RuntimeError, match=rf'\(in22k\) for {name}.*With weights: .*resnet18_fmd.inflated_a1_in1k'):
         timm.create_model(f'{name}.in22k', pretrained=True)
 
 

@@ -11,7 +11,7 @@ __all__ = ['make_dynamic']
 # Parts of a module's name, in timm's models, that stand outside the blocks or work on pooled features: there are few
 # channels or a single pixel, the papers leave them static, and K kernels per image would cost more than they compute.
 _STATIC_PART = re.compile(
-    r'stem|patch_embed|downsample|shortcut|head|classifier|pre_logits|attn|(^|[._])(se|se_module|fc\d?|proj)([._]|$)')
+    r'^conv1\.|stem|patch_embed|downsample|shortcut|head|classifier|pre_logits|attn|(^|[._])se(_module)?([._]|$)')
 
 
 def make_dynamic(

@@ -15,7 +15,7 @@ from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer
 from timm.models.mobilenetv3 import MobileNetV3, MobileNetV3Features
 
 from ..layers import DyConv2d, DynamicConv2d, FMDConv2d, make_dynamic
-from ._pretrained import build_model, with_published_tags
+from ._pretrained import build_model, inflated_cfgs, with_published_tags
 
 __all__ = ['DynamicMobileNetV3', 'DynamicMobileNetV3Features']  # register_model adds each entrypoint
 
@@ -80,8 +80,10 @@ def _cfg(**kwargs) -> dict:
 
 
 default_cfgs = generate_default_cfgs(with_published_tags({
-    'mobilenetv3_small_100_dy': _cfg(paper_ids='arXiv:1912.03458'),
-    'mobilenetv3_small_100_fmd': _cfg(paper_ids='arXiv:2503.17530'),
+    **inflated_cfgs(
+        'mobilenetv3_small_100_dy', _cfg(paper_ids='arXiv:1912.03458'), 'mobilenetv3_small_100', ['lamb_in1k']),
+    **inflated_cfgs(
+        'mobilenetv3_small_100_fmd', _cfg(paper_ids='arXiv:2503.17530'), 'mobilenetv3_small_100', ['lamb_in1k']),
 }))
 
 

@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
-from ._pretrained import build_model, with_published_tags
+from ._pretrained import build_model, inflated_cfgs, with_published_tags
 from .cifar_resnet import CifarResNet, cifar_cfg
 
 __all__ = ['DynamicResNet', 'CifarDynamicResNet']  # register_model adds each entrypoint
@@ -106,12 +106,16 @@ def _cfg(**kwargs) -> dict:
     }
 
 
-default_cfgs = generate_default_cfgs(with_published_tags({
-    f'{depth}_{method}{suffix}': cfg(paper_ids=paper)
-    for depth in ('resnet18', 'resnet50')
-    for method, paper in PAPERS.items()
-    for suffix, cfg in (('', _cfg), ('_cifar', cifar_cfg))
-}))
+# timm's 224 px checkpoints to inflate: its default, and one that saw a billion more images (non-commercial licence).
+STATIC_TAGS = ['a1_in1k', 'fb_swsl_ig1b_ft_in1k']
+
+_cfgs = {}
+for _depth in 'resnet18', 'resnet50':
+    for _method, _paper in PAPERS.items():
+        _name = f'{_depth}_{_method}'
+        _cfgs |= inflated_cfgs(_name, _cfg(paper_ids=_paper), _depth, STATIC_TAGS)
+        _cfgs[f'{_name}_cifar'] = cifar_cfg(paper_ids=_paper)
+default_cfgs = generate_default_cfgs(with_published_tags(_cfgs))
 
 
 def _resnet18(variant: str, pretrained: bool, model_cls=DynamicResNet, **kwargs) -> DynamicResNet:
