@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fmd_timm import set_temperature
+from fmd_timm import DynamicConv2d, set_temperature
 from fmd_timm.hub import save_for_hub
 from fmd_timm.schedule import annealed_temperature
 
@@ -39,8 +39,11 @@ pytestmark = [
 ]
 
 CHECKOUT = Path(__file__).parents[1]
-METHODS = ['resnet18_fmd']  # a model of each
 NARROW = dict(channels=(8, 16, 32, 64))
+NETWORKS = {  # of each method, of each family
+    'resnet18_cond': NARROW, 'resnet18_dy': NARROW, 'resnet18_od': NARROW, 'resnet18_fmd': NARROW,
+    'mobilenetv3_small_100_fmd': {},
+}
 
 
 def trained(name, **kwargs):
@@ -84,18 +87,19 @@ def digits():
 # segmentation_models_pytorch
 
 
-@pytest.mark.parametrize('name', METHODS)
-def test_unet_of_segmentation_models_pytorch_learns(name):
+@pytest.mark.parametrize('name,args', NETWORKS.items(), ids=NETWORKS)
+def test_unet_of_segmentation_models_pytorch_learns(name, args):
     smp = pytest.importorskip('segmentation_models_pytorch')
     torch.manual_seed(0)
-    model = smp.Unet(f'tu-{name}', encoder_weights=None, classes=1, **NARROW)
+    model = smp.Unet(f'tu-{name}', encoder_weights=None, classes=1, **args)
     masks = torch.zeros(2, 1, 64, 96)
     masks[0, :, 10:40, 50:90] = masks[1, :, 30:60, 5:35] = 1
     images = masks + 0.1 * torch.randn(2, 3, 64, 96)
     losses = losses_of(lambda: F.binary_cross_entropy_with_logits(model(images), masks), 6, model.parameters())
     assert losses[-1] < 0.9 * losses[0]
-    kernels = [parameter for key, parameter in model.encoder.named_parameters() if key.endswith('conv1.weight')]
-    assert len(kernels) == 9 and all(kernel.grad.any() for kernel in kernels)
+    layers = [module for module in model.encoder.modules() if isinstance(module, DynamicConv2d)]
+    gradients = [layer.weight.grad.view(layer.num_kernels, -1) for layer in layers]
+    assert layers and all(gradient.any(dim=1).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -114,7 +118,7 @@ def test_deeplab_of_segmentation_models_pytorch_dilates_to_stride_16(channels):
 # transformers
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', NETWORKS)
 def test_timm_backbone_of_transformers_returns_the_features(name):
     indices = (1, 2, 3, 4)
     backbone = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=indices)).eval()
@@ -122,9 +126,10 @@ def test_timm_backbone_of_transformers_returns_the_features(name):
     features.load_state_dict(backbone._backbone.state_dict())
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(list(backbone(images).feature_maps), features(images))
-    assert backbone.channels == features.feature_info.channels() == [64, 128, 256, 512]
-    assert backbone.stage_names[1:] == ['layer1', 'layer2', 'layer3', 'layer4']
+        maps = list(backbone(images).feature_maps)
+        torch.testing.assert_close(maps, features(images))
+    assert backbone.channels == [feature_map.shape[1] for feature_map in maps]
+    assert [images.shape[3] // feature_map.shape[3] for feature_map in maps] == [4, 8, 16, 32]
 
 
 def test_pretrained_timm_backbone_of_transformers_keeps_statistics_that_are_frozen(tmp_path):
