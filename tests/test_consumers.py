@@ -92,11 +92,12 @@ def test_unet_of_segmentation_models_pytorch_learns(name, args):
     smp = pytest.importorskip('segmentation_models_pytorch')
     torch.manual_seed(0)
     model = smp.Unet(f'tu-{name}', encoder_weights=None, classes=1, **args)
+    set_temperature(model, kernel=30.0)  # as training from random weights starts: all kernels learn
     masks = torch.zeros(2, 1, 64, 96)
     masks[0, :, 10:40, 50:90] = masks[1, :, 30:60, 5:35] = 1
     images = masks + 0.1 * torch.randn(2, 3, 64, 96)
     losses = losses_of(lambda: F.binary_cross_entropy_with_logits(model(images), masks), 6, model.parameters())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     layers = [module for module in model.encoder.modules() if isinstance(module, DynamicConv2d)]
     gradients = [layer.weight.grad.view(layer.num_kernels, -1) for layer in layers]
     assert layers and all(gradient.any(dim=1).all() for gradient in gradients)
