@@ -58,11 +58,15 @@ from tqdm import tqdm
 
 from fmd_timm import DynamicConv2d, set_temperature
 from fmd_timm.hub import save_for_hub
+from fmd_timm.inflate import inflate_state_dict
 from fmd_timm.model_card import results_table
 from fmd_timm.schedule import annealed_temperature
 from fmd_timm.scores import ies, ies_infer, rcs, rcs_infer
 
 INFLATED = 'inflated:'  # prefix of --init
+# What an inflated network's configuration has from the static network's.
+TAKEN_FROM_SOURCE = (
+    'input_size', 'pool_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'label_names', 'license')
 
 
 def option(default, help: str):
@@ -257,26 +261,54 @@ def first_network(recipe: Recipe) -> tuple[nn.Module, dict[str, Any] | None]:
     """The network of --init and where its weights are from, for the run record; or --model on 'meta', and None."""
     if recipe.init is None:
         return timm.create_model(recipe.model, device='meta'), None
-    source = find_source(recipe.init, '--init')
+    inflated = recipe.init.startswith(INFLATED)
+    source = find_source(recipe.init.removeprefix(INFLATED), '--init')
     network = load_network(source, '--init')
-    architecture, cfg = network.pretrained_cfg['architecture'], network.pretrained_cfg
-    if recipe.model not in (None, architecture):
-        raise SystemExit(f'--init {recipe.init} is a {architecture}, but --model is {recipe.model!r}')
+    cfg = network.pretrained_cfg
+    origin = dict(
+        weights=Path(source.asked).name if source.repo is None else source.asked, architecture=cfg['architecture'],
+        inflated=inflated, repo=source.repo, revision=source.revision, license=cfg.get('license'),
+    )
     if cfg['input_size'][0] != 3:
         raise SystemExit(f'--init must be a network for images of 3 channels, {recipe.init} has {cfg["input_size"][0]}')
-    if recipe.freeze == 'attention' and not any(isinstance(module, DynamicConv2d) for module in network.modules()):
-        raise SystemExit(f'--freeze attention: {architecture} has no dynamic convolution')
-    return network, dict(
-        weights=Path(recipe.init).name if source.repo is None else recipe.init, architecture=architecture,
-        inflated=False, repo=source.repo, revision=source.revision, license=cfg.get('license'),
-    )
+    if inflated:
+        network = inflate_into(recipe, network)
+    elif recipe.model not in (None, cfg['architecture']):
+        raise SystemExit(f'--init {recipe.init} is a {cfg["architecture"]}, but --model is {recipe.model!r}')
+    if recipe.freeze == 'attention' and first_dynamic(network) is None:
+        raise SystemExit(f'--freeze attention: {cfg["architecture"]} has no dynamic convolution')
+    return network, origin
+
+
+def first_dynamic(network: nn.Module) -> DynamicConv2d | None:
+    return next((module for module in network.modules() if isinstance(module, DynamicConv2d)), None)
+
+
+def inflate_into(recipe: Recipe, static: nn.Module) -> nn.Module:
+    """The network --model with the weights of the static one, inflated, and with its preprocessing and licence."""
+    theirs = static.pretrained_cfg['architecture']
+    if first_dynamic(static):
+        raise SystemExit(f'--init {recipe.init}: a {theirs} is dynamic already, leave out {INFLATED!r}')
+    set_seed(recipe.seed)  # of the attention's first layers
+    network = timm.create_model(recipe.model, num_classes=static.num_classes)
+    if first_dynamic(network) is None:
+        raise SystemExit(f'--model must be a dynamic network for --init {recipe.init}, got {recipe.model!r}')
+    try:
+        network.load_state_dict(inflate_state_dict(static.state_dict(), network, seed=recipe.seed))
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f'--init {recipe.init}: a {theirs} does not become a {recipe.model}: {error}') from error
+    taken = {k: v for k, v in static.pretrained_cfg.items() if k in TAKEN_FROM_SOURCE}
+    network.pretrained_cfg = {**network.pretrained_cfg, **taken}
+    return network
 
 
 def fit_classifier(network: nn.Module, label_names: list[str]) -> str:
     """'kept', or 'new' where the network's classes are not these; its configuration says nothing of the old ones."""
-    cfg = network.pretrained_cfg
-    theirs = cfg.get('label_names')
-    network.pretrained_cfg = {key: value for key, value in cfg.items() if key != 'tag' and not key.startswith('label_')}
+    cfg = dict(network.pretrained_cfg)
+    theirs = cfg.pop('label_names', None)
+    for key in 'label_descriptions', 'description', 'tag':
+        cfg.pop(key, None)
+    network.pretrained_cfg = cfg
     if network.num_classes == len(label_names) and (not theirs or list(theirs) == label_names):
         return 'kept'
     network.reset_classifier(len(label_names))

@@ -44,6 +44,18 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
+def static(tmp_path_factory):
+    """A folder with a static network of the ten digits, whose preprocessing and licence are not the dynamic one's."""
+    folder = tmp_path_factory.mktemp('static')
+    torch.manual_seed(0)
+    model = timm.create_model(tiny.STATIC, zero_init_last=False)
+    model.pretrained_cfg = dict(model.pretrained_cfg, license='mit')
+    data_config = dict(input_size=(3, 8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation='bicubic')
+    save_for_hub(model, folder, dict(label_names=[str(i) for i in range(10)]), data_config=data_config)
+    return folder
+
+
+@pytest.fixture(scope='module')
 def letters_folder(tmp_path_factory):
     """The pictures of the digits 0, 1 and 2 under other names: 24, 12 and 4 to train, the same to validate."""
     folder = tmp_path_factory.mktemp('letters')
@@ -154,6 +166,44 @@ def test_a_run_is_not_resumed_from_other_weights_under_the_same_name(letters_fol
         run(recipe, tmp_path / 'run', resume='auto')
 
 
+# Inflated
+
+
+@pytest.mark.parametrize('model', [tiny.NAME, tiny.COND])
+def test_an_inflated_network_starts_as_the_static_one(model, static, letters_folder):
+    recipe = make_finetune(letters_folder, f'inflated:{static}', model=model)
+    network, origin = train.first_network(recipe)
+    expected = timm.create_model(f'local-dir:{static}', pretrained=True).eval()
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images), expected(images), rtol=1e-4, atol=1e-5)
+    assert origin['inflated'] and origin['architecture'] == tiny.STATIC and origin['weights'] == static.name
+    kernels = next(m.weight for m in network.modules() if isinstance(m, fmd_timm.DynamicConv2d)).chunk(4)
+    assert not torch.equal(kernels[0], kernels[1])
+
+
+def test_an_inflated_run_keeps_the_preprocessing_and_the_licence_of_its_source(static, letters_folder, tmp_path):
+    record = run(make_finetune(letters_folder, f'inflated:{static}', model=tiny.NAME), tmp_path)
+    assert record['model'] == tiny.NAME and record['init']['classifier'] == 'new' and record['temperature'] is None
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    cfg = loaded.pretrained_cfg
+    assert (cfg['architecture'], cfg['license'], cfg['interpolation']) == (tiny.NAME, 'mit', 'bicubic')
+    assert (tuple(cfg['mean']), tuple(cfg['input_size'])) == ((0.5,) * 3, (3, 8, 8))
+    assert cfg['label_names'] == ['a', 'b', 'c']
+    assert f'`{static.name}` (a static `tiny_static`, inflated), sha256 `' in make_card(record, 'acme/letters').text
+
+
+@pytest.mark.parametrize('model, source, message', [
+    ('resnet18_fmd_cifar', 'static', 'a tiny_static does not become a resnet18_fmd_cifar: layer1.0.conv1.weight is'),
+    (tiny.STATIC, 'static', "--model must be a dynamic network for --init .*, got 'tiny_static'"),
+    (tiny.NAME, 'checkpoint', "a tiny_dynamic is dynamic already, leave out 'inflated:'"),
+])
+def test_what_cannot_be_inflated_is_named(model, source, message, letters_folder, tmp_path, request):
+    recipe = make_finetune(letters_folder, f'inflated:{request.getfixturevalue(source)}', model=model)
+    with pytest.raises(SystemExit, match=message):
+        run(recipe, tmp_path)
+
+
 # From the Hub
 
 
@@ -229,11 +279,9 @@ def test_only_what_is_not_frozen_changes(part, letters_folder, checkpoint, tmp_p
         assert torch.equal(tensor, before[key]) == (not learns), key
 
 
-def test_a_network_whose_attention_is_frozen_cannot_be_a_static_one(letters_folder, tmp_path):
-    network = timm.create_model('resnet10t', num_classes=3)
-    save_for_hub(network, tmp_path / 'static')
-    with pytest.raises(SystemExit, match='--freeze attention: resnet10t has no dynamic convolution'):
-        run(make_finetune(letters_folder, tmp_path / 'static', freeze='attention'), tmp_path / 'run')
+def test_a_network_whose_attention_is_frozen_cannot_be_a_static_one(static, letters_folder, tmp_path):
+    with pytest.raises(SystemExit, match='--freeze attention: tiny_static has no dynamic convolution'):
+        run(make_finetune(letters_folder, static, freeze='attention'), tmp_path)
 
 
 @pytest.mark.parametrize('name', [tiny.NAME, 'resnet10t', 'mobilenetv3_small_050', 'test_vit'])

@@ -109,6 +109,13 @@ def test_averaged_weights_are_saved_with_the_present_temperature(digits_folder, 
     assert temperatures == pytest.approx([expected] * 8)
 
 
+@pytest.mark.parametrize('name', [tiny.STATIC, tiny.COND])
+def test_networks_without_temperature_train(name, digits_folder, tmp_path):
+    result = run(make_recipe(digits_folder, model=name, epochs=1, ema_decay=0.9), tmp_path)
+    assert result['model'] == name and result['loss'] < 10
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 10
+
+
 def test_the_seed_fixes_the_run(digits_folder, tmp_path):
     losses = []
     for i, seed in enumerate((1, 1, 2)):

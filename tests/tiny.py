@@ -1,18 +1,34 @@
-"""A dynamic network of 0.2 M parameters for tests of the recipes; as a script it is recipes/train.py that knows it."""
+"""Networks of 0.1 to 0.3 M parameters for tests of the recipes; as a script it is recipes/train.py that knows them."""
 import sys
 
 from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock
 
-from fmd_timm.models import CifarDynamicResNet, dynamic_resnet
+from fmd_timm import CondConv2d
+from fmd_timm.models import CifarDynamicResNet, CifarResNet, cifar_resnet, dynamic_resnet
 
-NAME = 'tiny_dynamic'  # not found by list_models('*_fmd*')
-default_cfgs = generate_default_cfgs({NAME: dynamic_resnet.default_cfgs['resnet18_fmd_cifar'].default.to_dict()})
+NAME, STATIC, COND = 'tiny_dynamic', 'tiny_static', 'tiny_conditional'  # not found by list_models('*_fmd*')
+default_cfgs = generate_default_cfgs({name: cifar_resnet.cifar_cfg() for name in (NAME, STATIC, COND)})
+SIZES = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
 
 
 @register_model
 def tiny_dynamic(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    model_args = dict(block=dynamic_resnet.DynamicBasicBlock, layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
+    model_args = dict(block=dynamic_resnet.DynamicBasicBlock, **SIZES)
     return dynamic_resnet.build_model(CifarDynamicResNet, NAME, pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def tiny_conditional(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
+    """CondConv, which has no temperature."""
+    model_args = dict(block=dynamic_resnet.DynamicBasicBlock, conv_layer=CondConv2d, **SIZES)
+    return dynamic_resnet.build_model(CifarDynamicResNet, COND, pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def tiny_static(pretrained: bool = False, **kwargs) -> CifarResNet:
+    model_args = dict(block=BasicBlock, **SIZES)
+    return dynamic_resnet.build_model(CifarResNet, STATIC, pretrained, **dict(model_args, **kwargs))
 
 
 if __name__ == '__main__':
