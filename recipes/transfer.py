@@ -1,0 +1,115 @@
+"""Is an inflated network a good start?  python recipes/transfer.py [--seeds 3] [--output runs/transfer]
+
+On scikit-learn's digits, for every seed: a static resnet18_cifar learns the digits 0 to 4, as the preset `digits` says.
+Then networks learn the digits 5 to 9, all from the same batches in the same number of steps:
+
+    scratch       resnet18_fmd_cifar from random weights, as the preset `digits` says
+    static        the static network, fine-tuned as the preset `finetune` says
+    inflated      resnet18_fmd_cifar grown out of the static network, fine-tuned likewise
+    inflated_t30  the same, with the temperature annealed from 30 as from random weights
+
+Writes recipes/results/finetune/digits.json. The same command goes on where it was stopped.
+"""
+import argparse
+import dataclasses
+import datetime
+import json
+import shlex
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import datasets
+from data import load_digits
+from train import PRESETS, Recipe, git_commit
+from train import main as train
+
+RESULT = Path(__file__).parent / 'results' / 'finetune' / 'digits.json'
+EPOCHS = 3  # of 11 steps
+STATIC, DYNAMIC = 'resnet18_cifar', 'resnet18_fmd_cifar'
+
+
+def write_half(digits: range, folder: Path) -> None:
+    """Some digits as a dataset of their own, with labels from 0 on."""
+    names = [str(digit) for digit in digits]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    for split, rows in load_digits().items():
+        chosen = [row for row in rows if row['label'] in digits]
+        columns = {
+            'image': [row['image'] for row in chosen], 'label': [row['label'] - digits.start for row in chosen]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f'{split}.parquet')
+
+
+def run(preset: str, recipe: Recipe, folder: Path) -> dict:
+    """The record of a run; of one that is finished already, or that goes on from where it was stopped."""
+    if not (folder / 'result.json').exists():
+        print(f'{folder}:', flush=True)
+        train(preset, recipe, folder, 'auto')
+        shutil.rmtree(folder / 'checkpoints')
+    record = json.loads((folder / 'result.json').read_text())
+    if record['recipe'] != dataclasses.asdict(recipe):
+        raise SystemExit(f'{folder} holds a run with other settings: name another --output')
+    return record
+
+
+def summary(records: list[dict]) -> dict:
+    top1 = [record['top1'] for record in records]
+    return dict(
+        top1=top1, top1_mean=statistics.mean(top1), top1_std=statistics.stdev(top1) if len(top1) > 1 else None,
+        loss=[record['loss'] for record in records], parameters=records[0]['parameters'],
+        init=[record['init'] for record in records], recipe=dict(records[0]['recipe'], seed=None, init=None),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each, with seeds 0 to N - 1 (3)')
+    parser.add_argument('--output', type=Path, default=Path('runs/transfer'), help='folder of the runs')
+    args = parser.parse_args()
+    if args.seeds < 1:
+        raise SystemExit(f'--seeds must be at least 1, got {args.seeds}')
+    first, second = args.output / 'digits_0-4', args.output / 'digits_5-9'
+    write_half(range(0, 5), first)
+    write_half(range(5, 10), second)
+
+    shared = dict(epochs=EPOCHS, tracker='none', image_size=8, crop='pad', hflip=0.0, num_workers=0, batch_size=64)
+    starts, arms = [], {}
+    for seed in range(args.seeds):
+        start = args.output / f'start_{seed}'
+        scratch = dataclasses.replace(PRESETS['digits'], **shared, dataset=str(second), seed=seed)
+        finetune = dataclasses.replace(PRESETS['finetune'], **shared, dataset=str(second), seed=seed)
+        pretrained = dataclasses.replace(
+            scratch, model=STATIC, dataset=str(first), epochs=PRESETS['digits'].epochs)
+        starts.append(run('digits', pretrained, start))
+        inflated = dataclasses.replace(finetune, model=DYNAMIC, init=f'inflated:{start}')
+        recipes = dict(
+            scratch=('digits', dataclasses.replace(scratch, model=DYNAMIC)),
+            static=('finetune', dataclasses.replace(finetune, init=str(start))),
+            inflated=('finetune', inflated),
+            inflated_t30=('finetune', dataclasses.replace(inflated, temperature=30.0)),
+        )
+        for name, (preset, recipe) in recipes.items():
+            arms.setdefault(name, []).append(run(preset, recipe, args.output / f'{name}_{seed}'))
+
+    last = arms['inflated'][-1]
+    result = dict(
+        command=f'python recipes/transfer.py {shlex.join(sys.argv[1:])}'.strip(), seeds=args.seeds,
+        train_images=last['train_images'], validation_images=last['validation_images'],
+        steps=EPOCHS * (last['train_images'] // last['global_batch']), start=summary(starts),
+        runs={name: summary(records) for name, records in arms.items()},
+        device=last['device'], versions=last['versions'], git_commit=git_commit(),
+        finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+    )
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = RESULT.with_name(f'.{RESULT.name}')
+    unfinished.write_text(json.dumps(result, indent=2) + '\n')
+    unfinished.rename(RESULT)
+    print(f'| {result["steps"]} steps on digits 5 to 9 | top-1, {args.seeds} seeds | loss |\n|---|---|---|')
+    for name, runs in result['runs'].items():
+        loss = statistics.mean(runs['loss'])
+        print(f'| {name} | {runs["top1_mean"]:.2f} ± {runs["top1_std"] or 0:.2f} | {loss:.4f} |')
+
+
+if __name__ == '__main__':
+    main()
