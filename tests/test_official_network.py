@@ -43,14 +43,44 @@ class OfficialConv2d(nn.Module):
         return torch.stack(images) * out_attn
 
 
-def make_official(name, **kwargs):
-    """timm's ResNet with `OfficialConv2d` in its residual blocks, every parameter and statistic random."""
+class OfficialODConv2d(nn.Module):
+    """ODConv of K = 4 kernels, image by image, with the parameters named and shaped as in the authors' code."""
+
+    def __init__(self, conv):
+        super().__init__()
+        K, O, I = 4, conv.out_channels, conv.in_channels
+        A, k = max(I // 16, 16), conv.kernel_size[0]
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.weight = nn.Parameter(torch.empty(K, *conv.weight.shape))
+        self.attention = nn.ModuleDict(dict(
+            fc=nn.Conv2d(I, A, 1, bias=False), bn=nn.BatchNorm2d(A), channel_fc=nn.Conv2d(A, I, 1),
+            filter_fc=nn.Conv2d(A, O, 1), kernel_fc=nn.Conv2d(A, K, 1),
+        ))
+        if k > 1:
+            self.attention['spatial_fc'] = nn.Conv2d(A, k * k, 1)
+
+    def forward(self, x):
+        hidden = self.attention['bn'](self.attention['fc'](F.adaptive_avg_pool2d(x, 1))).relu()
+        logits = {key: fc(hidden) / KERNEL_TEMPERATURE for key, fc in self.attention.items() if key.endswith('_fc')}
+        kernel_attn = torch.softmax(logits['kernel_fc'].flatten(1), dim=1)  # (B, K)
+        taps = torch.ones(len(x), *self.weight.shape[3:], dtype=x.dtype)
+        if 'spatial_fc' in logits:
+            taps = torch.sigmoid(logits['spatial_fc']).view_as(taps)
+        images = []
+        for image, share, tap in zip(x * torch.sigmoid(logits['channel_fc']), kernel_attn, taps):
+            weight = tap * sum(share[k] * self.weight[k] for k in range(4))
+            images.append(F.conv2d(image[None], weight, None, self.stride, self.padding, self.dilation, self.groups)[0])
+        return torch.stack(images) * torch.sigmoid(logits['filter_fc'])
+
+
+def make_official(name, layer=OfficialConv2d, **kwargs):
+    """timm's ResNet with `layer` in its residual blocks, every parameter and statistic random."""
     model = timm.create_model(name, **kwargs)
     for stage in model.layer1, model.layer2, model.layer3, model.layer4:
         for block in stage:
             for key, conv in list(block.named_children()):
                 if isinstance(conv, nn.Conv2d):
-                    setattr(block, key, OfficialConv2d(conv))
+                    setattr(block, key, layer(conv))
     model.double()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -75,14 +105,15 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('name, args', [
-    ('resnet18', NARROW),
-    ('resnet50', dict(NARROW, layers=(2, 1, 1, 1))),
-    ('resnet18', dict(layers=(1, 1, 1, 1), num_classes=7)),
-], ids=['basic', 'bottleneck', 'wide'])
-def test_network_with_the_authors_checkpoint_equals_theirs(name, args, training, implementation):
-    official = make_official(name, **args)
-    model = timm.create_model(f'{name}_fmd', conv_bias=True, **args).double()
+@pytest.mark.parametrize('name, method, args', [
+    ('resnet18', 'fmd', NARROW),
+    ('resnet50', 'fmd', dict(NARROW, layers=(2, 1, 1, 1))),
+    ('resnet18', 'fmd', dict(layers=(1, 1, 1, 1), num_classes=7)),
+    ('resnet50', 'od', dict(NARROW, layers=(2, 1, 1, 1))),
+], ids=['basic', 'bottleneck', 'wide', 'odconv'])
+def test_network_with_the_authors_checkpoint_equals_theirs(name, method, args, training, implementation):
+    official = make_official(name, OfficialODConv2d if method == 'od' else OfficialConv2d, **args)
+    model = timm.create_model(f'{name}_{method}', conv_bias=method == 'fmd', **args).double()
     load_official_state_dict(model, official.state_dict())
     set_temperature(model, kernel=KERNEL_TEMPERATURE, gate=GATE_TEMPERATURE)
     torch.manual_seed(1)
@@ -98,6 +129,13 @@ def test_network_with_the_authors_checkpoint_equals_theirs(name, args, training,
     statistics = {key: value for key, value in official.state_dict().items() if '.running_' in key}
     for key, value in statistics.items():
         assert_close(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize('name, millions', [('resnet18_od', 44.90), ('resnet50_od', 90.67)])
+def test_odconv_networks_have_as_many_parameters_as_those_of_the_authors(name, millions):
+    """As github.com/OSVAI/ODConv states for "+ ODConv (4x)"."""
+    model = timm.create_model(name, device='meta')
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_network_without_bias_refuses_the_checkpoint_and_names_the_biases():
