@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hub_server import HubServer
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from test_publish import make_run
 from torchvision.models.detection import FasterRCNN
@@ -104,16 +105,23 @@ def test_unet_of_segmentation_models_pytorch_learns(name, args):
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-def test_deeplab_of_segmentation_models_pytorch_dilates_to_stride_16(channels):
+def test_deeplab_of_segmentation_models_pytorch_starts_from_a_static_checkpoint_at_stride_16(channels, tmp_path):
     smp = pytest.importorskip('segmentation_models_pytorch')
+    static = timm.create_model('resnet18', zero_init_last=False)
+    static(2 * torch.randn(4, 3, 64, 64) + 1)
+    save_file(static.state_dict(), tmp_path / 'model.safetensors')
+    weights = dict(pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors')))
     model = smp.DeepLabV3Plus(
-        'tu-resnet18_fmd', encoder_weights=None, in_channels=channels, classes=5, encoder_output_stride=16).eval()
+        'tu-resnet18_fmd', encoder_weights=True, in_channels=channels, classes=5, encoder_output_stride=16, **weights)
+    reference = timm.create_model(
+        'resnet18', pretrained=True, in_chans=channels, features_only=True, output_stride=16, **weights)
     images = torch.randn(1, channels, 64, 96)
     with torch.no_grad():
-        assert model(images).shape == (1, 5, 64, 96)
+        assert model.eval()(images).shape == (1, 5, 64, 96)
         features = model.encoder(images)
+        # another summation order in each of 17 convolutions
+        torch.testing.assert_close(features[1:], reference.eval()(images), rtol=1e-4, atol=1e-4)
     assert [f.shape[3] for f in features] == [96, 48, 24, 12, 6, 6]
-    assert model.encoder.model.layer4[1].conv1.dilation == (2, 2)
 
 
 # transformers
