@@ -11,8 +11,8 @@ from timm.models import resnet
 from fmd_timm import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d, make_dynamic
 
 FAMILIES = {  # timm's model -> convolutions that are swapped
-    'test_resnet': 9, 'regnety_002': 39, 'efficientnet_b0': 47, 'tf_efficientnet_b0': 47, 'convnext_atto': 36,
-    'mobilenetv3_small_050': 33, 'densenet121': 119,
+    'test_resnet': 9, 'regnety_002': 39, 'efficientnet_b0': 47, 'tf_mobilenetv3_small_minimal_100': 33,
+    'convnext_atto': 36, 'mobilenetv3_small_050': 33, 'densenet121': 119,
 }
 
 

@@ -64,7 +64,7 @@ def inflated_cfgs(architecture: str, cfg: dict[str, Any], static: str, tags: lis
         source.update(
             hf_hub_id=f'timm/{static}.{tag}',
             hf_hub_filename=WEIGHTS_NAME,
-            description=f'Inflated from the static timm/{static}.{tag}; the attention is untrained.',
+            description=f'Inflated from the static timm/{static}.{tag}: the attention is constant until it is trained.',
         )
         cfgs[f'{architecture}.inflated_{tag}'] = {
             key: value for key, value in source.items() if key not in ('architecture', 'tag')}
