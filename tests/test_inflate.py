@@ -77,7 +77,8 @@ def test_logits_are_those_of_the_static_network_at_any_temperature(name, method)
 
 
 @pytest.mark.parametrize('name, method', [
-    pytest.param('densenet121', FMDConv2d, marks=pytest.mark.slow), *((name, method) for name in FAMILIES for method in METHODS),
+    pytest.param('densenet121', FMDConv2d, marks=pytest.mark.slow),
+    *((name, method) for name in FAMILIES for method in METHODS),
 ])
 def test_every_family_of_make_dynamic_can_be_inflated(name, method):
     static = make_static(name).double()
