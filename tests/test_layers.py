@@ -337,3 +337,14 @@ def test_meta_device(method):
     assert conv(torch.empty(2, 6, 5, 5, device='meta')).shape == (2, 8, 5, 5)
     conv.to_empty(device='cpu').reset_parameters()
     assert conv.eval()(torch.randn(2, 6, 5, 5)).isfinite().all()
+
+
+@every_method
+@pytest.mark.parametrize('same_padding', [False, True])
+def test_exported_layer_takes_any_batch(same_padding, method):
+    static = timm.layers.Conv2dSame(6, 8, 3, stride=2) if same_padding else nn.Conv2d(6, 8, 3, stride=2, padding=1)
+    conv, batch = method.like(static).eval(), torch.export.Dim('batch')
+    program = torch.export.export(conv, (torch.randn(2, 6, 9, 9),), dynamic_shapes=({0: batch},))
+    for size in 1, 3:
+        x = torch.randn(size, 6, 9, 9)
+        torch.testing.assert_close(program.module()(x), conv(x))
