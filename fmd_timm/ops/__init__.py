@@ -1,15 +1,15 @@
 """The operator behind every dynamic convolution.
 
 `reference.py` is the definition; faster implementations have a file each beside it. PyTorch's dispatcher chooses the
-device, and `cpu.py` holds the rules that choose among those of the CPU. PyTorch sees one operator with its gradients,
-`torch.ops.fmd_timm.dynamic_conv2d`, which importing this package registers: what `torch.compile` and `torch.export`
-make of a network holds for any batch.
+device, `cpu.py` and `cuda.py` hold the rules that choose among the device's. PyTorch sees one operator with its
+gradients, `torch.ops.fmd_timm.dynamic_conv2d`, which importing this package registers: what `torch.compile` and
+`torch.export` make of a network holds for any batch.
 """
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 
 __all__ = ['dynamic_conv2d']
 
@@ -133,6 +133,11 @@ def _(x, *args):
     return _forward_by(cpu, x, *args)
 
 
+@_forward.register_kernel('cuda')
+def _(x, *args):
+    return _forward_by(cuda, x, *args)
+
+
 def _forward_by(implementation, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, *conv_args) -> Tensor:
     if x.shape[0] == 0:
         size = _output_size(x, weight, kernel_attn, *conv_args[:3])
@@ -161,6 +166,11 @@ def _backward(grad_y, *args):
 @_backward.register_kernel('cpu')
 def _(grad_y, *args):
     return _backward_by(cpu, grad_y, *args)
+
+
+@_backward.register_kernel('cuda')
+def _(grad_y, *args):
+    return _backward_by(cuda, grad_y, *args)
 
 
 def _backward_by(implementation, grad_y, *args) -> tuple[Tensor, ...]:
