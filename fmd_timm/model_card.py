@@ -17,11 +17,16 @@ REQUIRED = (
     'device', 'device_count', 'precision', 'input_size', 'global_batch', 'seed', 'versions', 'finished',
 )
 # None where it could not be measured: a score without accuracy, the memory of a CPU, code outside of git; `init` where
-# training started from random weights.
+# training started from random weights, `temperature` where it was left alone, `method` of a static network.
 MAY_BE_NONE = (
-    'init', 'preset', 'median_epoch_seconds', 'ies', 'rcs', 'ies_infer', 'rcs_infer', 'train_images_per_second',
-    'infer_images_per_second', 'peak_memory_mib', 'git_commit',
+    'init', 'method', 'temperature', 'preset', 'median_epoch_seconds', 'ies', 'rcs', 'ies_infer', 'rcs_infer',
+    'train_images_per_second', 'infer_images_per_second', 'peak_memory_mib', 'git_commit',
 )
+
+PAPERS = {  # by `method`
+    'CondConv': 'https://arxiv.org/abs/1904.04971', 'DyConv': 'https://arxiv.org/abs/1912.03458',
+    'ODConv': 'https://arxiv.org/abs/2209.07947', 'FMDConv': 'https://arxiv.org/abs/2503.17530',
+}
 
 TABLE = Template('''\
 | | |
@@ -49,9 +54,9 @@ TABLE = Template('''\
 CARD = Template('''
 # $name
 
-`$model`, an image classifier with the dynamic convolutions of [FMDConv](https://arxiv.org/abs/2503.17530), trained on
-`$dataset`. It is a model for [timm](https://github.com/huggingface/pytorch-image-models): the package `fmd_timm`
-registers its architecture there.
+`$model`, an image classifier with $convolutions, trained on `$dataset`.
+It is a model for [timm](https://github.com/huggingface/pytorch-image-models): the package `fmd_timm` registers its
+architecture there.
 
 $table
 
@@ -106,14 +111,7 @@ $command
 
 `result.json` is the whole record of the run, with every setting of the recipe.
 
-## Differences from the paper
-
-- The temperature of the kernel attention is annealed, as the paper says. In the authors' code it stays 34 and only that
-  of the channel attentions is annealed.
-- The dynamic convolutions have no bias unless `conv_bias=True`; a BatchNorm follows each.
-- A training batch of one image uses the running statistics of the attention's BatchNorm, where the authors' code fails.
-
-## Limits
+$differences## Limits
 
 - One run with one seed: the spread over seeds is not known from it.
 - Times, throughputs and scores compare only on the same hardware, with the same precision, resolution and batch. IES
@@ -125,6 +123,19 @@ $command
 $licence
 
 ```bibtex
+$article@misc{rw2019timm,
+  title = {{PyTorch} Image Models},
+  author = {Ross Wightman},
+  year = {2019},
+  publisher = {GitHub},
+  doi = {10.5281/zenodo.4414861},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}
+```
+''')
+
+
+ARTICLE = '''\
 @article{zhang2025fmdconv,
   title = {{FMDConv}: Fast Multi-Attention Dynamic Convolution via Speed-Accuracy Trade-off},
   author = {Zhang, Tianyu and Wan, Fan and Duan, Haoran and Tong, Kevin W. and Deng, Jingjing and Long, Yang},
@@ -136,16 +147,7 @@ $licence
   eprint = {2503.17530},
   archivePrefix = {arXiv}
 }
-@misc{rw2019timm,
-  title = {{PyTorch} Image Models},
-  author = {Ross Wightman},
-  year = {2019},
-  publisher = {GitHub},
-  doi = {10.5281/zenodo.4414861},
-  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
-}
-```
-''')
+'''
 
 
 def _number(value: float | None, unit: str = '') -> str:
@@ -199,6 +201,30 @@ def _licence(licence: str, init: dict[str, Any] | None) -> str:
     )
 
 
+def _differences(record: dict[str, Any]) -> str:
+    """The section on what is not as in the method's paper, as far as this run is concerned."""
+    method, lines = record['method'], []
+    if method == 'CondConv':
+        lines.append("The paper's networks have 8 kernels for each convolution; the default here is 4.")
+    elif method and record['temperature'] is None:
+        lines.append('The temperature of the attention was not annealed; it is that of the first weights.')
+    elif method == 'FMDConv':
+        lines.append(
+            f'The temperature of the kernel attention was annealed from {record["temperature"]:g} to 1, as the paper '
+            "says. In the authors' code it stays 34 and only that of the channel attentions is annealed.")
+    elif method:
+        lines.append(f'The temperature of the attention was annealed from {record["temperature"]:g} to 1.')
+    if method == 'FMDConv':
+        lines.append('The dynamic convolutions have no bias unless `conv_bias=True`; a BatchNorm follows each.')
+    if method in ('ODConv', 'FMDConv'):
+        lines.append(
+            "A training batch of one image uses the running statistics of the attention's BatchNorm, where the "
+            "authors' code fails.")
+    if not lines:
+        return ''
+    return '\n'.join(['## Differences from the paper', '', *(f'- {line}' for line in lines), '', ''])
+
+
 def make_card(record: dict[str, Any], repo: str) -> ModelCard:
     """The model card of a training run.
 
@@ -216,6 +242,7 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
 
     name, dataset, init = repo.rpartition('/')[2], record['dataset'], record['init']
     licence = (init['license'] or 'unknown') if init else 'apache-2.0'
+    method = record['method']
     channels, height, width = record['input_size']
     results = [
         EvalResult(
@@ -233,7 +260,7 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         library_name='timm',
         license=licence,
         pipeline_tag='image-classification',
-        tags=['timm', 'fmd_timm', 'fmdconv', 'dynamic-convolution'],
+        tags=['timm', 'fmd_timm', *([method.lower(), 'dynamic-convolution'] if method else [])],
         datasets=[dataset] if '/' in dataset else None,
         base_model=init['repo'] if init else None,
         metrics=['accuracy'],
@@ -252,6 +279,9 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         height=height,
         topk=min(5, record['num_classes']),
         model_args=f'`{json.dumps(record["model_args"])}`' if record['model_args'] else 'default arguments',
+        convolutions=f'the dynamic convolutions of [{method}]({PAPERS[method]})' if method else 'static convolutions',
+        differences=_differences(record),
+        article=ARTICLE if method == 'FMDConv' else '',
         init=_origin(init),
         licence=_licence(licence, init),
         preset=record['preset'] or '-',

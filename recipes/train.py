@@ -485,13 +485,14 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=data_config)
         model_args = json.loads((output / 'config.json').read_text()).get('model_args', {})
         model_args = {k: v for k, v in model_args.items() if k not in ('in_chans', 'global_pool')}  # always there
-        accuracy = metrics['top1'] / 100
+        layer, accuracy = first_dynamic(final), metrics['top1'] / 100
         epoch_seconds = statistics.median(progress['epoch_seconds'][1:] or progress['epoch_seconds'])
         inference = time_inference(
             accelerator, final, input_size, min(recipe.batch_size, len(images['validation'])), recipe.channels_last)
         record = dict(
             model=recipe.model, model_args=model_args, init=origin, preset=preset, recipe=dataclasses.asdict(asked),
-            temperature=recipe.temperature, command=command_line(),
+            method=layer and type(layer).__name__.removesuffix('2d'),
+            temperature=recipe.temperature if anneals and recipe.annealed_by else None, command=command_line(),
             dataset=Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset,
             train_split=images['train'].split, train_images=len(images['train']),
             validation_split=images['validation'].split, validation_images=len(images['validation']),

@@ -19,7 +19,8 @@ REPO = 'acme/resnet18_fmd_cifar.digits'
 def make_record(**changes):
     """What training leaves, with made-up numbers."""
     return {
-        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'init': None, 'preset': 'digits', 'recipe': {'epochs': 3},
+        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'init': None, 'method': 'FMDConv', 'temperature': 30.0,
+        'preset': 'digits', 'recipe': {'epochs': 3},
         'command': 'python recipes/train.py --preset digits --seed 7', 'dataset': 'digits',
         'train_split': 'train', 'train_images': 1437, 'validation_split': 'test', 'validation_images': 360,
         'num_classes': 10, 'label_names': [f'digit {i}' for i in range(10)],
@@ -159,6 +160,21 @@ def test_a_fine_tune_says_what_it_started_from_and_keeps_its_licence():
     card = make_card(make_record(init=init), REPO)
     assert '| Started from | `run` (`resnet18`), sha256 `abc`, kept classifier |' in card.text.splitlines()
     assert (card.data.license, card.data.base_model) == ('unknown', None)
+
+
+@pytest.mark.parametrize('method, temperature, says, says_not', [
+    ('FMDConv', 30.0, ['[FMDConv](', 'annealed from 30 to 1, as the paper says', 'one image', '@article{zhang'], []),
+    ('FMDConv', None, ['was not annealed'], ['as the paper says']),
+    ('ODConv', 34.0, ['[ODConv](', 'annealed from 34 to 1.', 'one image'], ['FMDConv]', '@article', 'conv_bias']),
+    ('DyConv', 30.0, ['[DyConv](', 'annealed from 30 to 1.'], ['one image']),
+    ('CondConv', None, ['[CondConv](', '8 kernels'], ['annealed']),
+    (None, None, ['with static convolutions'], ['annealed', 'Differences', 'dynamic']),
+])
+def test_the_card_is_of_the_method_and_of_what_was_done(method, temperature, says, says_not):
+    card = make_card(make_record(model='resnet18_cifar', method=method, temperature=temperature), REPO)
+    text = str(card).replace('`fmd_timm`', '')
+    assert all(words in text for words in says) and not any(words in text for words in says_not)
+    assert ('dynamic-convolution' in card.data.tags) == (method is not None)
 
 
 def check_committed_card(path):
