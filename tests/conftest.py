@@ -20,10 +20,10 @@ def implementation(request, monkeypatch):
     """Run the test with each implementation of dynamic_conv2d for the CPU wherever that one applies."""
     rule = cpu.choose
 
-    def choose(batch, num_kernels, out_pixels, has_taps, groups, depthwise):
+    def choose(num_kernels, has_taps, groups, **shape):
         if FITS[request.param](num_kernels, has_taps, groups):
             return request.param
-        return rule(batch, num_kernels, out_pixels, has_taps, groups, depthwise)
+        return rule(num_kernels=num_kernels, has_taps=has_taps, groups=groups, **shape)
 
     monkeypatch.setattr(cpu, 'choose', choose)
 

@@ -24,15 +24,16 @@ def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, p
     tiles, mixed = _tiles(share, bank)
     for tile in tiles:
         kernels = _mix(share, bank[:, tile], tap_attn, weight, mixed).to(x.dtype)  # (B, o, R)
-        if last:
-            y[:, :, tile] = patches @ kernels.mT
+        matrices = (patches, kernels.mT) if last else (kernels, patches.mT)
+        if len(tiles) == 1:
+            torch.bmm(*matrices, out=y)
         else:
-            y[:, tile] = kernels @ patches.mT
+            y[(..., tile) if last else (slice(None), tile)] = torch.bmm(*matrices)
     y = (y.mT if last else y).unflatten(2, (height, width))
     if bias is not None:
-        y = y + (share @ bias.reshape(share.shape[1], O)).to(y.dtype)[:, :, None, None]
+        y += (share @ bias.reshape(share.shape[1], O)).to(y.dtype)[:, :, None, None]
     if out_attn is not None:
-        y = y * out_attn.to(y.dtype)[:, :, None, None]
+        y *= out_attn.to(y.dtype)[:, :, None, None]
     return y
 
 
@@ -48,7 +49,7 @@ def backward(
     grad_pixels = grad_y.flatten(2)  # (B, O, P)
     gated_pixels = grad_pixels if out is None else grad_pixels * out.to(grad_y.dtype)[:, :, None]
 
-    grad_patches = x.new_zeros(patches.shape if last else patches.mT.shape)
+    grad_patches = x.new_empty(patches.shape if last else patches.mT.shape)
     grad_weight = torch.empty_like(weight)
     grad_bank = kernel_rows(grad_weight, kernel_attn)
     products = share.new_empty(O, B, K)  # of the gradient of each image's kernel with each of the K, by output channel
@@ -57,10 +58,10 @@ def backward(
     gradient = torch.empty_like(mixed, dtype=grad_y.dtype)
     for tile in tiles:
         kernels = _mix(share, bank[:, tile], tap_attn, weight, mixed)  # (B, o, R)
-        if last:
-            grad_patches.baddbmm_(gated_pixels[:, tile].mT, kernels.to(x.dtype))
-        else:
-            grad_patches.baddbmm_(kernels.to(x.dtype).mT, gated_pixels[:, tile])
+        matrices = gated_pixels[:, tile].mT, kernels.to(x.dtype)
+        if not last:
+            matrices = matrices[1].mT, matrices[0].mT
+        grad_patches.baddbmm_(*matrices, beta=int(tile.start > 0))
         # (B, o, R), the gradient of each image's kernel before out_attn
         G = torch.bmm(grad_pixels[:, tile], patches, out=_part_of(gradient, kernels.shape)).to(dtype)
         if grad_taps is not None:
@@ -81,8 +82,9 @@ def backward(
     if kernel_attn is not None:
         grad_kernel_attn = products.sum(0) if out is None else (products * out.T[:, :, None]).sum(0)
     if in_attn is not None:
-        grad_in_attn = (grad_x * x).sum((2, 3))
-        grad_x = grad_x * in_attn.to(x.dtype)[:, :, None, None]
+        # image by image: the products of a whole batch would be written to memory and read again
+        grad_in_attn = torch.stack([(grad_b * x_b).sum((1, 2)) for grad_b, x_b in zip(grad_x, x)])
+        grad_x *= in_attn.to(x.dtype)[:, :, None, None]
     if out_attn is not None:
         grad_out_attn = (products * share).sum(2).T
     if grad_taps is not None:

@@ -2,7 +2,7 @@
 
 Where images are large beside the kernels, a convolution of one image is as fast as its share of a batch, and all of the
 attention goes into the small kernel: images and results are not read once more for the gates. Kernels are mixed for a
-few images at a time, so that no more than these are in memory.
+few images at a time, so that they stay in the cache. 1x1 kernels are a batch of matrix products.
 """
 import torch
 import torch.nn.functional as F
@@ -10,28 +10,30 @@ from torch import Tensor
 
 from .gemm import is_channels_last, kernel_rows, memory_format
 
-MIXED_BYTES = 6 * 2**20  # of the kernels mixed at once
+MIXED_BYTES = 2 * 2**20  # of the kernels mixed at once
 
 
 def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0."""
     share, bank = _share_and_bank(weight, kernel_attn, len(x))
     gates = _gates(weight, in_attn, out_attn, tap_attn, bank.shape[1], groups)
-    biases = None
-    if bias is not None:
-        biases = share @ bias.reshape(bank.shape[0], -1)  # (B, O)
-        biases = (biases if out_attn is None else biases * out_attn.to(biases.dtype)).to(x.dtype)
     y = None
     for part in _parts(len(x), bank):
-        kernels = _times(_mix(share[part], bank, weight), part, *gates).to(x.dtype)
-        for i, b in enumerate(range(part.start, part.stop)):
-            bias_b = None if biases is None else biases[b]
-            y_b = F.conv2d(x[b:b + 1], kernels[i], bias_b, stride, padding, dilation, groups)
-            if len(x) == 1:
-                return y_b
+        kernels = _gate_(_mix(share[part], bank, weight), part, *gates).to(x.dtype)
+        if _is_matmul(weight, stride, padding, groups):
             if y is None:
-                y = y_b.new_empty(len(x), *y_b.shape[1:]).contiguous(memory_format=memory_format(y_b))
-            y[b:b + 1] = y_b  # at once, so that the next result takes the same memory
+                y = _empty(x, len(x), bank.shape[1])
+            _multiply(kernels.flatten(2), _pixels(x[part]), out=_pixels(y[part]))
+            continue
+        for i, b in enumerate(range(part.start, part.stop)):
+            y_b = F.conv2d(x[b:b + 1], kernels[i], None, stride, padding, dilation, groups)
+            if y is None:
+                y = y_b if len(x) == 1 else _empty(y_b, len(x), y_b.shape[1])
+            if len(x) > 1:
+                y[b:b + 1] = y_b  # at once, so that the next result takes the same memory
+    if bias is not None:
+        biases = share @ bias.reshape(bank.shape[0], -1)  # (B, O)
+        y += (biases if out_attn is None else biases * out_attn.to(biases.dtype)).to(x.dtype)[:, :, None, None]
     return y
 
 
@@ -42,19 +44,23 @@ def backward(
     share, bank = _share_and_bank(weight, kernel_attn, len(x))
     K, O, _ = bank.shape
     in_gate, out_gate, tap_gate = _gates(weight, in_attn, out_attn, tap_attn, O, groups)
-    grad_weight = torch.zeros_like(weight)
+    grad_x, grad_weight = _empty(x, *x.shape[:2]), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, kernel_attn).flatten(1)
-    grad_x = torch.empty_like(x)
     grad_share, grad_in, grad_out, grad_taps = [], [], [], []
     for part in _parts(len(x), bank):
         mixed = _mix(share[part], bank, weight)  # (b, O, i, kh, kw)
         kernels = _times(mixed, part, in_gate, out_gate, tap_gate).to(x.dtype)
         G = torch.empty_like(mixed)  # the gradient of each image's kernel, gates included
-        for i, b in enumerate(range(part.start, part.stop)):
-            grad_x[b:b + 1], G[i], _ = torch.ops.aten.convolution_backward(
-                grad_y[b:b + 1], x[b:b + 1], kernels[i], None, stride, padding, dilation, False, [0, 0], groups,
-                [True, True, False],
-            )
+        if _is_matmul(weight, stride, padding, groups):
+            pixels_y, pixels_x = _pixels(grad_y[part], memory_format(x)), _pixels(x[part])
+            _multiply(kernels.flatten(2).mT, pixels_y, out=_pixels(grad_x[part]))
+            G.copy_(torch.bmm(pixels_y, pixels_x.mT)[..., None, None])
+        else:
+            for i, b in enumerate(range(part.start, part.stop)):
+                grad_x[b:b + 1], G[i], _ = torch.ops.aten.convolution_backward(
+                    grad_y[b:b + 1], x[b:b + 1], kernels[i], None, stride, padding, dilation, False, [0, 0], groups,
+                    [True, True, False],
+                )
         if in_attn is not None or out_attn is not None:
             by_channel = _times(G * mixed, part, tap_gate).sum((3, 4), keepdim=True)
         if in_attn is not None:
@@ -65,7 +71,7 @@ def backward(
         if tap_attn is not None:
             by_tap = _times(G * mixed, part, in_gate).sum(2, keepdim=True)  # (b, O, 1, kh, kw)
             grad_taps.append(_times(by_tap, part, out_gate).sum((1, 2)).flatten(1))
-        G = _times(G, part, in_gate, out_gate, tap_gate)
+        G = _gate_(G, part, in_gate, out_gate, tap_gate)
         rows = (G.permute(0, 1, 3, 4, 2) if is_channels_last(weight) else G).flatten(1)  # (b, N)
         grad_share.append(rows @ bank.flatten(1).T)
         grad_bank.addmm_(share[part].T, rows)
@@ -126,3 +132,33 @@ def _times(kernels: Tensor, part: slice, *gates: Tensor | None) -> Tensor:
         if gate is not None:
             kernels = kernels * gate[part]
     return kernels
+
+
+def _gate_(kernels: Tensor, part: slice, *gates: Tensor | None) -> Tensor:
+    for gate in gates:
+        if gate is not None:
+            kernels *= gate[part]
+    return kernels
+
+
+def _is_matmul(weight: Tensor, stride, padding, groups: int) -> bool:
+    return weight.shape[2:] == (1, 1) and list(stride) == [1, 1] and list(padding) == [0, 0] and groups == 1
+
+
+def _pixels(x: Tensor, format: torch.memory_format | None = None) -> Tensor:
+    """A view (b, C, P) of images (b, C, H, W) that are laid out in their format."""
+    x = x.contiguous(memory_format=format or memory_format(x))
+    return x.permute(0, 2, 3, 1).flatten(1, 2).mT if is_channels_last(x) else x.flatten(2)
+
+
+def _multiply(kernels: Tensor, pixels: Tensor, out: Tensor) -> None:
+    """out (b, O, P) = kernels (b, O, I) @ pixels (b, I, P), transposed where the pixels are rows in memory"""
+    if out.is_contiguous():
+        torch.bmm(kernels, pixels, out=out)
+    else:
+        torch.bmm(pixels.mT, kernels.mT, out=out.mT)
+
+
+def _empty(x: Tensor, batch: int, channels: int) -> Tensor:
+    size = batch, channels, *x.shape[2:]
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
