@@ -26,7 +26,7 @@ def choose(
         return dense  # one kernel for all images: an ordinary convolution
     if depthwise:
         return reference  # a depthwise convolution of B * C channels
-    if groups > 1 or out_pixels >= (100 if taps == 1 and not backward else 400):
+    if groups > 1 or out_pixels >= (400 if backward else 100):
         return per_image
     if batch > 1 and out_pixels <= 8 and not has_taps:
         return dense

@@ -16,21 +16,29 @@ MIXED_BYTES = 2 * 2**20  # of the kernels mixed at once
 def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0."""
     share, bank = _share_and_bank(weight, kernel_attn, len(x))
-    gates = _gates(weight, in_attn, out_attn, tap_attn, bank.shape[1], groups)
+    in_gate, out_gate, tap_gate = _gates(weight, in_attn, out_attn, tap_attn, bank.shape[1], groups)
+    # The channels' gates go where there are fewer numbers to multiply: into the kernels, or into the images.
+    gates_kernels = bank[0].numel() <= 2 * x[0].numel()
+    gates = (in_gate, out_gate, tap_gate) if gates_kernels else (tap_gate,)
     y = None
     for part in _parts(len(x), bank):
         kernels = _gate_(_mix(share[part], bank, weight), part, *gates).to(x.dtype)
+        images = x[part]
+        if in_attn is not None and not gates_kernels:
+            images = images * in_attn[part].to(x.dtype)[:, :, None, None]
         if _is_matmul(weight, stride, padding, groups):
             if y is None:
                 y = _empty(x, len(x), bank.shape[1])
-            _multiply(kernels.flatten(2), _pixels(x[part]), out=_pixels(y[part]))
-            continue
-        for i, b in enumerate(range(part.start, part.stop)):
-            y_b = F.conv2d(x[b:b + 1], kernels[i], None, stride, padding, dilation, groups)
-            if y is None:
-                y = y_b if len(x) == 1 else _empty(y_b, len(x), y_b.shape[1])
-            if len(x) > 1:
-                y[b:b + 1] = y_b  # at once, so that the next result takes the same memory
+            _multiply(kernels.flatten(2), _pixels(images), out=_pixels(y[part]))
+        else:
+            for i, b in enumerate(range(part.start, part.stop)):
+                y_b = F.conv2d(images[i:i + 1], kernels[i], None, stride, padding, dilation, groups)
+                if y is None:
+                    y = y_b if len(x) == 1 else _empty(y_b, len(x), y_b.shape[1])
+                if len(x) > 1:
+                    y[b:b + 1] = y_b  # at once, so that the next result takes the same memory
+        if out_attn is not None and not gates_kernels:
+            y[part] *= out_attn[part].to(x.dtype)[:, :, None, None]
     if bias is not None:
         biases = share @ bias.reshape(bank.shape[0], -1)  # (B, O)
         y += (biases if out_attn is None else biases * out_attn.to(biases.dtype)).to(x.dtype)[:, :, None, None]

@@ -1,0 +1,214 @@
+"""Networks prepared for inference: BatchNorms folded, kernels laid out for their convolutions, no gradients.
+
+A BatchNorm behind a dynamic convolution scales its output channels, as does each of the K kernels: the scale goes into
+the kernels, the shift stays an addition, since the gates would multiply it. The BatchNorm of the attention goes into
+the squeeze in front of it.
+"""
+import collections
+import copy
+import logging
+import threading
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.layers import BatchNormAct2d, pad_same
+from timm.models import get_notrace_functions, get_notrace_modules
+from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .layers import DynamicConv2d
+from .layers.attention import DynamicAttention
+from .ops import cpu, dynamic_conv2d
+from .ops.packed import PackedConv, is_available
+
+__all__ = ['prepare_for_inference']
+
+_logger = logging.getLogger(__name__)
+
+PACKED_FROM = 500_000  # elements of a kernel: reordering a smaller one costs next to nothing
+PACKED_PIXELS = 100  # of the result: with fewer, a batch is better mixed and multiplied all at once
+
+
+def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """A network that computes the same in evaluation mode, faster; it can't be trained any more.
+
+    Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
+    dynamic convolutions with large kernels keep them packed for the size of the first images that they see, which
+    doubles their memory; images of other sizes go the ordinary way. Save the weights before: those of the prepared
+    network have other keys.
+
+    Args:
+        model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.
+        inplace: Change `model` itself instead of a copy, which frees its memory.
+
+    Returns:
+        The network in evaluation mode, channels_last, without gradients of its parameters.
+    """
+    model = (model if inplace else copy.deepcopy(model)).eval()
+    modules = dict(model.named_modules())
+    for conv_name, norm_name in _followed_by_norm(model):
+        conv, norm = modules[conv_name], modules[norm_name]
+        is_dynamic = isinstance(conv, DynamicConv2d)
+        model.set_submodule(conv_name, PreparedConv2d(conv, norm) if is_dynamic else fuse_conv_bn_eval(conv, norm))
+        model.set_submodule(norm_name, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DynamicConv2d):  # with no BatchNorm behind it
+            model.set_submodule(name, PreparedConv2d(module))
+    return model.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+class PreparedConv2d(nn.Module):
+    """A dynamic convolution for inference together with the BatchNorm behind it.
+
+    Args:
+        conv: The layer, whose attention becomes this one's.
+        norm: The BatchNorm in evaluation mode, if there is one.
+    """
+
+    def __init__(self, conv: DynamicConv2d, norm: nn.BatchNorm2d | None = None):
+        super().__init__()
+        self.num_kernels = conv.num_kernels
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+        self.dilation, self.groups, self.tf_same_padding = conv.dilation, conv.groups, conv.tf_same_padding
+        weight, bias, self.shift = conv.weight.detach(), conv.bias, None
+        if norm is not None:
+            scale, shift = _affine(norm)
+            self.shift = nn.Parameter(shift)
+            scale = scale.repeat(conv.num_kernels)
+            weight = weight * scale[:, None, None, None]
+            bias = None if bias is None else bias * scale
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+        self.attention = _fold_norm(conv.attention)
+        self._forget_packed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = self.attention(x)
+        if self.tf_same_padding:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        y = None
+        if _is_plain(x):
+            y = self._convolve_packed(x, *attention)
+            if y is None:  # the operator without its dispatch, which takes 30 us
+                conv_args = self.stride, self.padding, self.dilation, self.groups
+                y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args)
+        else:
+            y = dynamic_conv2d(
+                x, self.weight, *attention, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if self.shift is not None:
+            y += self.shift[:, None, None]
+        return y
+
+    def _convolve_packed(self, x, kernel_attn, in_attn, out_attn, tap_attn) -> Tensor | None:
+        """The result where packed kernels pay and nobody else is using them, else None."""
+        kernel = self.weight.numel() // self.num_kernels
+        if (
+            kernel < PACKED_FROM or self.kernel_size == (1, 1) or self.groups > 1
+            or len(x) > 1 and x.shape[2] * x.shape[3] < PACKED_PIXELS * self.stride[0] * self.stride[1]
+            or kernel_attn is None or tap_attn is not None
+            or x.dtype != torch.float32 or self.weight.dtype != torch.float32 or not is_available()
+        ):
+            return None
+        if not self._in_use.acquire(blocking=False):
+            return None
+        try:
+            if self._packed is None:
+                conv_args = self.stride, self.padding, self.dilation
+                self._packed_size = x.shape[2:]
+                self._packed = PackedConv(self.weight.detach(), self.num_kernels, x.shape[2:], *conv_args)
+            if x.shape[2:] != self._packed_size:
+                return None
+            y = self._packed(x if in_attn is None else x * in_attn[..., None, None], kernel_attn)
+        finally:
+            self._in_use.release()
+        if self.bias is not None:
+            y += (kernel_attn @ self.bias.reshape(self.num_kernels, -1))[..., None, None]
+        if out_attn is not None:
+            y *= out_attn[..., None, None]
+        return y
+
+    def _forget_packed(self) -> None:
+        self._packed, self._packed_size, self._in_use = None, None, threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key not in ('_packed', '_in_use')}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._forget_packed()
+
+    def _apply(self, fn, recurse: bool = True):
+        self._forget_packed()  # the weights may change
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f'num_kernels={self.num_kernels}, kernel_size={self.kernel_size}, stride={self.stride}'
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing but the result is wanted: no gradient, no graph, no other dtype."""
+    return not (
+        x.device.type != 'cpu' or len(x) == 0 or x.requires_grad and torch.is_grad_enabled()
+        or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu')
+    )
+
+
+def _affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel in evaluation mode."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach()
+
+
+def _fold_norm(attention: DynamicAttention) -> DynamicAttention:
+    norm = getattr(attention, 'bn', None)
+    if norm is not None:
+        scale, shift = _affine(norm)
+        squeeze, rows = attention.squeeze, norm.num_features
+        bias = squeeze.weight.new_zeros(squeeze.out_features)
+        bias[:rows] = shift
+        weight = squeeze.weight.detach().clone()
+        weight[:rows] *= scale[:, None]
+        squeeze.weight, squeeze.bias = nn.Parameter(weight), nn.Parameter(bias)
+        attention.bn = nn.Identity()
+    return attention
+
+
+class _Tracer(torch.fx.Tracer):
+    """Goes no deeper than convolutions and BatchNorms."""
+
+    def __init__(self):
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.leaves = (DynamicConv2d, nn.modules.batchnorm._BatchNorm, *get_notrace_modules())
+
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(module, self.leaves) or super().is_leaf_module(module, module_qualified_name)
+
+
+def _followed_by_norm(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of each convolution whose result goes into a BatchNorm and nowhere else, and of that BatchNorm."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever a network does with its input that a symbol can't
+        _logger.warning(f'{type(model).__name__} keeps its BatchNorms, torch.fx can\'t trace it: {error}')
+        return []
+    calls = [node for node in graph.nodes if node.op == 'call_module']
+    modules = dict(model.named_modules(remove_duplicate=False))
+    times_called = collections.Counter(id(modules[node.target]) for node in calls)
+
+    def is_foldable(node: torch.fx.Node) -> bool:
+        conv, user = modules[node.target], next(iter(node.users), None)
+        if not (isinstance(conv, DynamicConv2d) or type(conv) is nn.Conv2d):
+            return False
+        if len(node.users) != 1 or user.op != 'call_module' or times_called[id(conv)] > 1:
+            return False
+        norm = modules[user.target]
+        return (
+            type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and norm.track_running_stats and not norm.training
+            and times_called[id(norm)] == 1
+        )
+
+    return [(node.target, next(iter(node.users)).target) for node in calls if is_foldable(node)]
