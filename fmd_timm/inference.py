@@ -87,18 +87,14 @@ class PreparedConv2d(nn.Module):
         attention = self.attention(x)
         if self.tf_same_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        y = None
-        if _is_plain(x):
-            y = self._convolve_packed(x, *attention)
-            if y is None:  # the operator without its dispatch, which takes 30 us
-                conv_args = self.stride, self.padding, self.dilation, self.groups
-                y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args)
-        else:
-            y = dynamic_conv2d(
-                x, self.weight, *attention, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.shift is not None:
-            y += self.shift[:, None, None]
-        return y
+        conv_args = self.stride, self.padding, self.dilation, self.groups
+        if not _is_plain(x):
+            y = dynamic_conv2d(x, self.weight, *attention, self.bias, *conv_args)
+            return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
+        y = self._convolve_packed(x, *attention)
+        if y is None:  # without the operator's dispatch, which takes 30 us
+            y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args)
+        return y if self.shift is None else y.add_(self.shift[:, None, None])
 
     def _convolve_packed(self, x, kernel_attn, in_attn, out_attn, tap_attn) -> Tensor | None:
         """The result where packed kernels pay and nobody else is using them, else None."""
@@ -149,8 +145,8 @@ class PreparedConv2d(nn.Module):
 def _is_plain(x: Tensor) -> bool:
     """Whether nothing but the result is wanted: no gradient, no graph, no other dtype."""
     return not (
-        x.device.type != 'cpu' or len(x) == 0 or x.requires_grad and torch.is_grad_enabled()
-        or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu')
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu'
+        or x.shape[0] == 0 or x.requires_grad and torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
     )
 
 

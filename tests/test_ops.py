@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmd_timm import dynamic_conv2d
+from fmd_timm.ops import gemm, per_image
 
 ARGUMENTS = 'x', 'weight', 'kernel_attn', 'in_attn', 'out_attn', 'tap_attn', 'bias'
 
@@ -104,6 +105,57 @@ def test_autocast_stays_close_to_float64(dtype, implementation):
     assert (y.double() - exact).abs().max() < 2e-2 * exact.abs().max()  # 8 bits of mantissa
     y.sum().backward()
     assert all(t.grad.dtype == torch.float32 for t in tensors.values())
+
+
+PROOF = {  # as SHAPES: every kernel size, stride, dilation, groups and K, with sizes that no block divides
+    '1x1': (5, 4, 19, 35, 1, 1, 0, 1, 1, (9, 7)),
+    '1x1_stride': (5, 4, 19, 35, 1, 2, 0, 1, 1, (9, 7)),
+    '3x3': (5, 4, 19, 35, 3, 1, 1, 1, 1, (9, 7)),
+    '3x3_single_image': (1, 4, 19, 35, 3, 1, 1, 1, 1, (9, 7)),
+    '3x3_many_pixels': (2, 4, 5, 7, 3, 1, 1, 1, 1, (21, 23)),
+    '5x5_stride': (3, 2, 11, 40, 5, 2, 2, 1, 1, (13, 8)),
+    '7x7_eight_kernels': (2, 8, 3, 33, 7, 2, 3, 1, 1, (15, 14)),
+    'dilation': (3, 4, 6, 10, 3, 1, 2, 2, 1, (8, 9)),
+    'groups': (3, 4, 12, 8, 3, 1, 1, 1, 4, (7, 6)),
+    'depthwise': (3, 4, 11, 11, 3, 2, 1, 1, 11, (7, 6)),
+    'one_kernel': (3, 1, 9, 34, 3, 1, 1, 1, 1, (7, 6)),
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several tiles of output channels, and mixed kernels of one image at a time."""
+    monkeypatch.setattr(gemm, 'TILE_BYTES', 1)
+    monkeypatch.setattr(per_image, 'MIXED_BYTES', 1)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [
+    (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2),  # the halves have 8 and 11 bits of mantissa
+], ids=['float32', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('layout', ['nchw', 'nhwc', 'nhwc_images', 'strided'])
+@pytest.mark.parametrize('shape', PROOF.values(), ids=PROOF)
+def test_outputs_and_gradients_stay_close_to_float64(
+        shape, layout, dtype, tolerance, implementation, small_blocks):
+    taps = shape[4] > 1
+    tensors, conv_args = make_inputs(*shape, dtype=dtype, tap_attn=taps)
+    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    tensors = {name: t.detach() for name, t in tensors.items()}
+    if layout != 'nchw':
+        tensors['x'] = tensors['x'].to(memory_format=torch.channels_last)
+    if layout == 'nhwc':
+        tensors['weight'] = tensors['weight'].to(memory_format=torch.channels_last)
+    if layout == 'strided':
+        tensors = {name: torch.stack([t, t], -1)[..., 0] for name, t in tensors.items()}
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+
+    y, expected = dynamic_conv2d(**tensors, **conv_args), one_by_one(**exact, **conv_args)
+    probe = torch.randn_like(expected).to(dtype)
+    gradients = torch.autograd.grad(y, list(tensors.values()), probe)
+    expected_gradients = torch.autograd.grad(expected, list(exact.values()), probe.double())
+    for name, value, true in zip(['y', *tensors], [y, *gradients], [expected, *expected_gradients]):
+        assert value.dtype == dtype
+        error = ((value.double() - true).abs().max() / true.abs().max()).item()
+        assert error < tolerance, f'{name}: relative error {error:.1e}'
 
 
 @pytest.mark.parametrize('change, message', [

@@ -1,0 +1,256 @@
+"""prepare_for_inference: the same outputs to 1e-5, and a network that can still be used as one."""
+import copy
+import pickle
+import threading
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import BatchNormAct2d
+
+import fmd_timm.inference
+from fmd_timm import (
+    CondConv2d,
+    DyConv2d,
+    DynamicConv2d,
+    FMDConv2d,
+    ODConv2d,
+    make_dynamic,
+    prepare_for_inference,
+    set_temperature,
+)
+from fmd_timm.ops import packed
+
+METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
+
+
+def make_model(name='resnet18_fmd', **kwargs):
+    """A narrow network with statistics and shifts that are not the initial ones, in evaluation mode."""
+    torch.manual_seed(0)
+    args = dict(channels=(16, 24, 32, 40), num_classes=5, zero_init_last=False) if 'resnet' in name else {}
+    return randomize(timm.create_model(name, **dict(args, **kwargs)))
+
+
+def randomize(model):
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def make_images(batch=2, size=64):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same(prepared, model, x, tolerance=1e-5):
+    y, expected = prepared(x), model(x)
+    error = ((y - expected).abs().max() / expected.abs().max()).item()
+    assert error < tolerance, f'relative error {error:.1e}'
+
+
+@pytest.fixture(params=[True, False], ids=['packed', 'unpacked'])
+def packs(request, monkeypatch):
+    """Every convolution packs its kernels, or PyTorch has no operators for that."""
+    monkeypatch.setattr(fmd_timm.inference, 'PACKED_FROM', 0)
+    monkeypatch.setattr(fmd_timm.inference, 'PACKED_PIXELS', 0)
+    if not request.param:
+        monkeypatch.setattr(fmd_timm.inference, 'is_available', lambda: False)
+    elif not packed.is_available():
+        pytest.skip('this build of PyTorch does not pack kernels')
+
+
+def packed_convs(model):
+    return [module for module in model.modules() if getattr(module, '_packed', None) is not None]
+
+
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('name', [
+    *timm.list_models('resnet*_fmd*'), 'resnet18_od', 'resnet18_dy', 'resnet18_cond', 'resnet18_cifar',
+])
+def test_outputs_are_the_same(name, batch, packs):
+    model = make_model(name)
+    assert_same(prepare_for_inference(model), model, make_images(batch))
+
+
+@pytest.mark.parametrize('conv_bias', [False, True])
+def test_biases_and_temperatures_are_kept(conv_bias, packs):
+    model = make_model(conv_bias=conv_bias)
+    for conv in model.modules():
+        if isinstance(conv, DynamicConv2d) and conv_bias:
+            nn.init.normal_(conv.bias)
+    prepared = prepare_for_inference(model)
+    assert_same(prepared, model, make_images(1))
+    for network in model, prepared:
+        set_temperature(network, kernel=5.0, gate=2.0)
+    assert_same(prepared, model, make_images(1))
+
+
+@pytest.mark.parametrize('layer', METHODS)
+@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'regnetx_002', 'tf_efficientnet_lite0'])
+def test_networks_of_other_families(name, layer):
+    model = timm.create_model(name, num_classes=5)
+    make_dynamic(model, layer)
+    assert_same(prepare_for_inference(randomize(model)), model, make_images())
+
+
+def test_every_batchnorm_of_a_resnet_is_folded_also_those_of_static_convolutions():
+    prepared = prepare_for_inference(make_model('resnet50_fmd'))
+    assert not [m for m in prepared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert isinstance(prepared.act1, nn.ReLU) and isinstance(prepared.layer1[0].act1, nn.ReLU)
+
+
+def test_batchnorm_with_activation_leaves_the_activation():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = FMDConv2d(8, 8, 3, padding=1, bias=False)
+            self.norm = BatchNormAct2d(8, act_layer=nn.SiLU)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    model = randomize(Net())
+    x = torch.randn(2, 8, 6, 6)
+    prepared = prepare_for_inference(model)
+    assert isinstance(prepared.norm, nn.SiLU)
+    assert_same(prepared, model, x)
+
+
+class TwoUses(nn.Module):
+    """A BatchNorm that can't be folded: the convolution's result is used once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = FMDConv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+class CalledTwice(TwoUses):
+    """The convolution's result goes into a BatchNorm once, the second time it does not."""
+
+    def forward(self, x):
+        return self.conv(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize('network', [TwoUses, CalledTwice])
+def test_a_batchnorm_stays_where_folding_would_change_the_result(network):
+    model = randomize(network())
+    prepared = prepare_for_inference(model)
+    assert isinstance(prepared.norm, nn.BatchNorm2d)
+    assert_same(prepared, model, torch.randn(2, 8, 6, 6))
+
+
+def test_a_network_that_cannot_be_traced_keeps_its_batchnorms_and_says_so(caplog):
+    class Untraceable(TwoUses):
+        def forward(self, x):
+            return self.norm(self.conv(x)) if x.sum() > 0 else x
+
+    model = randomize(Untraceable())
+    prepared = prepare_for_inference(model)
+    assert "Untraceable keeps its BatchNorms, torch.fx can't trace it" in caplog.text
+    assert_same(prepared, model, torch.rand(2, 8, 6, 6))
+
+
+def test_the_network_itself_is_untouched_unless_asked_for():
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    assert prepare_for_inference(model) is not model
+    torch.testing.assert_close(model.state_dict(), before)
+    expected = model(make_images())
+    assert prepare_for_inference(model, inplace=True) is model
+    torch.testing.assert_close(model(make_images()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_another_size_after_the_first(packs):
+    model = make_model()
+    prepared = prepare_for_inference(model)
+    for size in 64, 96, 64:
+        assert_same(prepared, model, make_images(1, size))
+
+
+def test_kernels_are_packed_where_they_are_large(monkeypatch):
+    if not packed.is_available():
+        pytest.skip('this build of PyTorch does not pack kernels')
+    monkeypatch.setattr(fmd_timm.inference, 'PACKED_FROM', 32 * 32 * 9)
+    prepared = prepare_for_inference(make_model('resnet50_fmd'))
+    with torch.no_grad():
+        prepared(make_images(1))
+    for name, module in prepared.named_modules():
+        if hasattr(module, '_packed'):
+            large = module.weight.shape[0] // 4 * module.weight.shape[1] * 9 >= 32 * 32 * 9
+            assert (module._packed is not None) == (name.endswith('conv2') and large), name
+    assert 0 < len(packed_convs(prepared)) < 16
+
+
+def test_two_threads_do_not_disturb_each_other(packs):
+    prepared, images = prepare_for_inference(make_model()), [make_images(1), make_images(1).flip(0, 2)]
+    with torch.inference_mode():
+        expected = [prepared(x) for x in images]
+    wrong = []
+
+    def run(x, y):
+        with torch.inference_mode():
+            for _ in range(20):
+                if not torch.allclose(prepared(x), y, rtol=1e-4, atol=1e-5):
+                    wrong.append(x)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(images, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_copies_and_other_dtypes_after_use(packs):
+    model = make_model()
+    prepared = prepare_for_inference(model)
+    assert_same(prepared, model, make_images(1))
+    for clone in copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared)):
+        assert_same(clone, model, make_images(1))
+    assert_same(prepared.double(), model.double(), make_images(1).double())
+    assert_same(prepared.float(), model.float(), make_images(1))
+
+
+def test_the_gradient_of_the_input_is_still_there():
+    model = make_model()
+    gradients = []
+    for network in model, prepare_for_inference(model):
+        x = make_images().requires_grad_()
+        gradients.append(torch.autograd.grad(network(x).square().sum(), x)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_autocast_and_empty_batch():
+    model = make_model()
+    prepared = prepare_for_inference(model)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert_same(prepared, model, make_images(), 5e-2)
+    assert prepared(make_images()[:0]).shape == (0, 5)
+
+
+def test_compiled_and_exported(packs):
+    model = make_model()
+    prepared = prepare_for_inference(model)
+    program = torch.export.export(
+        prepared, (make_images(3),), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+    assert_same(program, model, make_images(2))
+    with torch.no_grad():
+        assert_same(torch.compile(prepared, fullgraph=True, dynamic=True, backend='aot_eager'), model, make_images(2))
+
+
+def test_features_of_a_prepared_network():
+    model = make_model(features_only=True)
+    x = make_images()
+    with torch.no_grad():
+        for feature, expected in zip(prepare_for_inference(model)(x), model(x), strict=True):
+            torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
