@@ -21,8 +21,8 @@ from fmd_timm.scores import ies, ies_infer, rcs, rcs_infer
 
 # The same in all records of a comparison, besides the recipe
 CONDITIONS = (
-    'device', 'device_count', 'precision', 'input_size', 'global_batch', 'train_images', 'validation_images',
-    'num_classes', 'versions',
+    'device', 'device_type', 'device_count', 'precision', 'input_size', 'global_batch', 'train_images',
+    'validation_images', 'num_classes', 'versions',
 )
 NOT_OF_THE_RECIPE = ('model', 'seed', 'tracker')  # these may differ between the runs
 # name in the JSON, label in the table, factor to its unit
@@ -158,12 +158,12 @@ def _epoch_against(timing: dict, name: str, other: str) -> dict[str, Any]:
 def make_table(comparison: dict[str, Any]) -> str:
     """The comparison in Markdown: a column per model, in parentheses relative to the static network."""
     models, static = comparison['models'], comparison['static']
-    lines = ['| measured | ' + ' | '.join(f'{name}' for name in models) + ' |', '|---' * (1 + len(models)) + '|']
+    lines = ['| measured | ' + ' | '.join(models) + ' |', '|---' * (1 + len(models)) + '|']
     for row, label, factor in ROWS:
         cells = [_cell(figures, row, factor, name == static) for name, figures in models.items()]
         lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
     seeds = {len(figures['seeds']) for figures in models.values()}
-    channels, height, width = comparison['input_size']
+    _, height, width = comparison['input_size']
     lines += [
         '',
         f'{comparison["dataset"]}: {comparison["train_images"]:,} images of {height}x{width} pixels to train, '
@@ -174,8 +174,9 @@ def make_table(comparison: dict[str, Any]) -> str:
         + ', '.join(f'{package} {version}' for package, version in comparison['versions'].items())
         + f'. Times are medians of {comparison["rounds"]} rounds in which the models take turns ({comparison["steps"]} '
         f'training steps, inference at batch 1 and {comparison["infer_batch"]}). In parentheses: relative to {static}, '
-        f'accuracies in points. GMACs are of one image with attention and mixing. Peak memory is that of the process '
-        f'of a training run{"" if comparison["device"].endswith("threads)") else ", allocated on the GPU"}.',
+        f'times by the median ratio within a round, accuracies in points. GMACs are of one image with attention '
+        f'and mixing. Peak memory is that of the process of a training run'
+        f'{"" if comparison["device_type"] == "cpu" else ", allocated on the GPU"}.',
     ]
     for name, against in comparison['epoch_against_od'].items():
         lines += ['', (

@@ -335,8 +335,8 @@ def make_records(**accuracies):
             median_epoch_seconds=11., dataset='digits', git_commit='abc',
         )]
     shared = dict(
-        device='GPU', device_count=1, precision='bf16', input_size=[3, 8, 8], global_batch=64, train_images=640,
-        validation_images=50, num_classes=10, versions=dict(torch='2'))
+        device='H100', device_type='cuda', device_count=1, precision='bf16', input_size=[3, 8, 8], global_batch=64,
+        train_images=640, validation_images=50, num_classes=10, versions=dict(torch='2'))
     return runs, dict(
         shared, epoch_seconds=seconds, infer_ms_per_image=seconds, infer_images_per_second=seconds, rounds=3, steps=5,
         steps_per_epoch=10, infer_batch=64, recipe=dict(epochs=8), git_commit='abc')
