@@ -14,21 +14,20 @@ __all__ = ['choose', 'forward', 'backward']
 def choose(
         batch: int,
         num_kernels: int,
-        taps: int,
         out_pixels: int,
         groups: int,
         depthwise: bool,
         has_taps: bool,
         backward: bool,
 ) -> ModuleType:
-    """The implementation for kernels of `taps` = kh * kw elements and `out_pixels` = H' * W' results per channel."""
+    """The implementation for images with `out_pixels` = H' * W' results per channel."""
     if num_kernels == 1 and not has_taps:
         return dense  # one kernel for all images: an ordinary convolution
     if depthwise:
         return reference  # a depthwise convolution of B * C channels
     if groups > 1 or out_pixels >= (400 if backward else 100):
         return per_image
-    if batch > 1 and out_pixels <= 8 and not has_taps:
+    if batch >= 32 * out_pixels and not has_taps:
         return dense
     return gemm
 
@@ -54,5 +53,5 @@ def _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups,
     for size, taps, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation):
         out_pixels *= (size + 2 * p - d * (taps - 1) - 1) // s + 1
     return choose(
-        batch=len(x), num_kernels=num_kernels, taps=weight[0, 0].numel(), out_pixels=out_pixels, groups=groups,
+        batch=len(x), num_kernels=num_kernels, out_pixels=out_pixels, groups=groups,
         depthwise=groups > 1 and weight.shape[1] == 1, has_taps=tap_attn is not None, backward=backward)

@@ -1,0 +1,93 @@
+"""recipes/bench.py: what it times is what it says, and the README's table is made from its files."""
+import json
+import os
+import sys
+from pathlib import Path
+
+import bench
+import pytest
+import torch
+
+from fmd_timm.ops import cpu, dense, gemm, per_image, reference
+
+README = Path(__file__).parents[1] / 'README.md'
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, 'IMAGE_SIZE', 32)
+    monkeypatch.setattr(bench, 'RESULTS', tmp_path)
+    monkeypatch.setattr(bench, 'cases', lambda device: [('infer', 1, 1), ('train', 2, 1)])
+    yield tmp_path
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, 'argv', ['bench.py', *arguments])
+    bench.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='of the CPU')
+def test_networks_are_timed_and_become_a_table(small, monkeypatch, capsys):
+    run(monkeypatch, '--models', 'resnet18', '--rounds', '2')
+    record = json.loads(next(small.glob('*.json')).read_text())
+    infer, train = record['cases']
+    assert {(case['mode'], case['batch'], case['threads']) for case in record['cases']} == {
+        ('infer', 1, 1), ('train', 2, 1)}
+    assert set(infer['milliseconds']) - set(train['milliseconds']) == {'static prepared', 'fmd prepared'}
+    assert {'static', 'static channels_last', 'fmd', 'od', 'dy', 'cond', 'fmd by reference'} < set(
+        train['milliseconds'])
+    assert all(len(times) == 2 and min(times) > 0 for times in infer['milliseconds'].values())
+    assert record['device'] and record['versions']['torch'] == torch.__version__
+
+    capsys.readouterr()
+    run(monkeypatch, '--table')
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('| resnet18, inference'))
+    assert row.split(' | ')[2].strip() == f'**{bench.ratio(infer["milliseconds"], "fmd prepared"):.2f}**'
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='of the CPU')
+def test_layers_are_timed_by_every_algorithm(small, monkeypatch):
+    monkeypatch.setattr(bench, 'layers_of', lambda name: [
+        dict(in_channels=8, out_channels=16, kernel=3, stride=2, pixels=9, count=1)])
+    run(monkeypatch, '--models', 'resnet18', '--layers', '--rounds', '1')
+    record = json.loads(next(small.glob('*.layers.json')).read_text())
+    assert [(case['batch'], case['mode']) for case in record['cases']] == [
+        (1, 'forward'), (16, 'forward'), (16, 'backward')]
+    assert all(set(case['milliseconds']) == {'static', *bench.CPU_ALGORITHMS} for case in record['cases'])
+
+
+def test_layers_of_a_network_are_its_dynamic_convolutions():
+    layers = bench.layers_of('resnet18')
+    assert sum(layer['count'] for layer in layers) == 16
+    assert dict(in_channels=256, out_channels=512, kernel=3, stride=2, pixels=14, count=1) in layers
+
+
+@pytest.mark.parametrize('module', [reference, dense, gemm, per_image], ids=lambda m: m.__name__.rpartition('.')[2])
+def test_an_algorithm_is_forced_on_every_layer(module):
+    name = module.__name__.rpartition('.')[2]
+    with bench.algorithm(torch.device('cpu'), name):
+        assert cpu.choose(batch=1, num_kernels=4, out_pixels=9, groups=1) is module
+    arguments = dict(
+        batch=2, num_kernels=4, out_pixels=9, groups=1, depthwise=False, has_taps=False, backward=False)
+    with bench.algorithm(torch.device('cpu'), None):
+        assert cpu.choose(**arguments) is gemm
+
+
+def test_ratio_is_to_the_faster_static_network_of_the_same_round():
+    times = {'static': [9.0, 9.0, 9.0], 'static channels_last': [1.0, 2.0, 3.0], 'fmd': [2.0, 2.0, 9.0]}
+    assert bench.ratio(times, 'fmd') == 2.0
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--rounds', '0'], '--rounds must be at least 1, got 0'),
+    (['--models', 'resnet18', 'vit_tiny_patch16_224'], 'must have dynamic forms .*, got vit_tiny_patch16_224'),
+])
+def test_bad_arguments_are_refused(arguments, message, monkeypatch):
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, *arguments)
+
+
+def test_the_readme_has_the_table_of_the_committed_files():
+    table = bench.make_table()
+    assert table and table in README.read_text()
