@@ -167,7 +167,7 @@ def make_table(comparison: dict[str, Any]) -> str:
     lines += [
         '',
         f'{comparison["dataset"]}: {comparison["train_images"]:,} images of {height}x{width} pixels to train, '
-        f'{comparison["validation_images"]:,} to validate, {comparison["epochs"]} epochs, batch '
+        f'{comparison["validation_images"]:,} to validate, epochs: {comparison["epochs"]}, batch '
         f'{comparison["global_batch"]}, {" or ".join(map(str, sorted(seeds)))} seed{"s" if max(seeds) > 1 else ""} per '
         f'model{" (mean ± standard deviation)" if max(seeds) > 1 else ""}. {comparison["device_count"]} x '
         f'{comparison["device"]}, {comparison["precision"]}, '
