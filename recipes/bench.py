@@ -16,7 +16,6 @@ import json
 import os
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,10 +25,9 @@ from unittest.mock import patch
 import timm
 import torch
 import torch.nn.functional as F
-from measure import device_name, synchronize, versions
+from measure import command_line, device_name, git_commit, synchronize, versions
 from torch import nn
 from tqdm import tqdm
-from train import git_commit
 
 from fmd_timm import FMDConv2d, dynamic_conv2d, prepare_for_inference
 from fmd_timm.ops import cpu, cuda, dense, gemm, per_image, reference
@@ -246,10 +244,10 @@ def bench_layers(models: list[str], device: torch.device, rounds: int) -> list[d
     return results
 
 
-def make_table(results: Path = RESULTS) -> str:
+def make_table() -> str:
     """The README's table, in Markdown: ratios of every device's file."""
     lines = []
-    for path in sorted(results.glob('*.json')):
+    for path in sorted(RESULTS.glob('*.json')):
         record = json.loads(path.read_text())
         if record['what'] != 'networks':
             continue
@@ -294,7 +292,7 @@ def main() -> None:
     record = dict(
         what='layers' if args.layers else 'networks', device=device_name(device), device_type=device.type,
         precision='bf16' if device.type == 'cuda' else 'fp32', image_size=IMAGE_SIZE, rounds=args.rounds,
-        command=' '.join(['python recipes/bench.py', *sys.argv[1:]]), versions=versions(), git_commit=git_commit(),
+        command=command_line('bench.py'), versions=versions(), git_commit=git_commit(),
         finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), cases=measured,
     )
     RESULTS.mkdir(parents=True, exist_ok=True)

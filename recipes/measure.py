@@ -1,9 +1,12 @@
-"""What the recipes report of a model: accuracy over exactly the validation images, inference time, size, memory."""
+"""What the recipes report: accuracy over exactly the validation images, inference time, size, memory, circumstances."""
 import copy
 import os
 import platform
 import resource
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -126,3 +129,16 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     packages = ('fmd-timm', 'torch', 'timm', 'accelerate', 'datasets')
     return {'python': platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def command_line(script: str = 'train.py') -> str:
+    """How this process was started, as one would type it."""
+    launcher = 'accelerate launch' if 'ACCELERATE_MIXED_PRECISION' in os.environ else 'python'
+    return f'{launcher} recipes/{script} {shlex.join(sys.argv[1:])}'.strip()
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, '-dirty' if files differ from it; None outside of one."""
+    command = ['git', 'describe', '--always', '--abbrev=40', '--dirty', '--exclude=*']
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else None

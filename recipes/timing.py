@@ -22,7 +22,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from data import LabelledImages, Normalize, train_transform
-from measure import device_name, synchronize, time_inference, versions
+from measure import command_line, device_name, git_commit, synchronize, time_inference, versions
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
@@ -34,8 +34,6 @@ from train import (
     Recipe,
     check_finite,
     check_recipe,
-    command_line,
-    git_commit,
     make_accelerator,
     open_images,
     parse_arguments,

@@ -9,10 +9,7 @@ import dataclasses
 import datetime
 import json
 import math
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -37,8 +34,10 @@ from data import (
     train_transform,
 )
 from measure import (
+    command_line,
     count_gmacs,
     device_name,
+    git_commit,
     peak_memory_mib,
     score,
     synchronize,
@@ -327,19 +326,6 @@ def check_finite(loss: torch.Tensor | None, step: int, optimizer: torch.optim.Op
             f'the loss is {loss.item()} at step {step} with learning rate {learning_rate(optimizer):.4g}; '
             f'the last checkpoint is from before it'
         )
-
-
-def command_line(script: str = 'train.py') -> str:
-    """How this process was started, as one would type it."""
-    launcher = 'accelerate launch' if 'ACCELERATE_MIXED_PRECISION' in os.environ else 'python'
-    return f'{launcher} recipes/{script} {shlex.join(sys.argv[1:])}'.strip()
-
-
-def git_commit() -> str | None:
-    """The checkout's commit, '-dirty' if files differ from it; None outside of one."""
-    command = ['git', 'describe', '--always', '--abbrev=40', '--dirty', '--exclude=*']
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[str, Any] | None:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import datasets
 from data import load_digits
-from train import PRESETS, Recipe, git_commit
+from measure import git_commit
+from train import PRESETS, Recipe
 from train import main as train
 
 RESULT = Path(__file__).parent / 'results' / 'finetune' / 'digits.json'
