@@ -29,7 +29,7 @@ def run(monkeypatch, *arguments):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='of the CPU')
 def test_networks_are_timed_and_become_a_table(small, monkeypatch, capsys):
-    run(monkeypatch, '--models', 'resnet18', '--rounds', '2')
+    run(monkeypatch, '--models', 'resnet18', '--rounds', '1')
     record = json.loads(next(small.glob('*.json')).read_text())
     infer, train = record['cases']
     assert {(case['mode'], case['batch'], case['threads']) for case in record['cases']} == {
@@ -37,7 +37,7 @@ def test_networks_are_timed_and_become_a_table(small, monkeypatch, capsys):
     assert set(infer['milliseconds']) - set(train['milliseconds']) == {'static prepared', 'fmd prepared'}
     assert {'static', 'static channels_last', 'fmd', 'od', 'dy', 'cond', 'fmd by reference'} < set(
         train['milliseconds'])
-    assert all(len(times) == 2 and min(times) > 0 for times in infer['milliseconds'].values())
+    assert all(len(times) == 1 and min(times) > 0 for times in infer['milliseconds'].values())
     assert record['device'] and torch.__version__.startswith(record['versions']['torch'])
 
     capsys.readouterr()
