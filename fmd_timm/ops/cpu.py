@@ -27,7 +27,7 @@ def choose(
         return reference  # a depthwise convolution of B * C channels
     if groups > 1 or out_pixels >= (400 if backward else 100):
         return per_image
-    if batch >= 32 * out_pixels and not has_taps:
+    if batch >= 32 * out_pixels:
         return dense
     return gemm
 
