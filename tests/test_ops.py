@@ -119,6 +119,9 @@ PROOF = {  # as SHAPES: every kernel size, stride, dilation, groups and K, with 
     'groups': (3, 4, 12, 8, 3, 1, 1, 1, 4, (7, 6)),
     'depthwise': (3, 4, 11, 11, 3, 2, 1, 1, 11, (7, 6)),
     'one_kernel': (3, 1, 9, 34, 3, 1, 1, 1, 1, (7, 6)),
+    'one_pixel': (40, 4, 5, 7, 3, 1, 1, 1, 1, (1, 1)),  # eight of nine taps see zeros only
+    'one_row': (3, 4, 5, 7, 3, 2, 1, 1, 1, (1, 6)),
+    'wide_padding': (2, 4, 5, 7, 3, 1, 4, 3, 1, (2, 3)),
 }
 
 

@@ -4,9 +4,11 @@ Measured with `recipes/bench.py --layers`; the results are beside it.
 """
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import dense, gemm, per_image, reference
+from .gemm import memory_format
 
 __all__ = ['choose', 'forward', 'backward']
 
@@ -34,7 +36,9 @@ def choose(
 
 def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0."""
-    chosen = _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups, False)
+    live, padding = _live_taps(x, weight, stride, padding, dilation)
+    weight, tap_attn = _crop(weight, live), _crop_taps(tap_attn, weight, live)
+    chosen = _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups, backward=False)
     return chosen.forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups)
 
 
@@ -42,9 +46,48 @@ def backward(
         grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, kernel_attn, in_attn, out_attn, tap_attn and bias; None for what is None."""
-    chosen = _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups, True)
-    return chosen.backward(
-        grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups)
+    live, padding = _live_taps(x, weight, stride, padding, dilation)
+    cropped, cropped_taps = _crop(weight, live), _crop_taps(tap_attn, weight, live)
+    chosen = _chosen(x, cropped, kernel_attn, cropped_taps, stride, padding, dilation, groups, backward=True)
+    gradients = list(chosen.backward(
+        grad_y, x, cropped, kernel_attn, in_attn, out_attn, cropped_taps, bias, stride, padding, dilation, groups))
+    if cropped.shape != weight.shape:
+        grad_weight, gradients[1] = gradients[1], torch.zeros_like(weight)
+        gradients[1][live] = grad_weight
+        if tap_attn is not None:
+            grad_taps, gradients[5] = gradients[5], torch.zeros_like(tap_attn)
+            window = gradients[5].unflatten(1, weight.shape[2:])[(slice(None), *live[2:])]
+            window.copy_(grad_taps.unflatten(1, cropped.shape[2:]))
+    return tuple(gradients)
+
+
+def _live_taps(x, weight, stride, padding, dilation) -> tuple[tuple[slice, ...], list[int]]:
+    """The part of `weight` that meets the images at all, and the padding that belongs to it.
+
+    Of the 3x3 kernels of the last stage for tiny images, only the middle does: the rest sees zeros.
+    """
+    live, new_padding = [slice(None), slice(None)], list(padding)
+    for dim in range(2):
+        size, taps, s, p, d = x.shape[2 + dim], weight.shape[2 + dim], stride[dim], padding[dim], dilation[dim]
+        count = (size + 2 * p - d * (taps - 1) - 1) // s + 1  # of outputs
+        meeting = [tap for tap in range(taps) if any(0 <= out * s - p + tap * d < size for out in range(count))]
+        first, last = (meeting[0], meeting[-1]) if meeting else (0, taps - 1)
+        cropped_padding = p - first * d
+        same = cropped_padding >= 0 and (size + 2 * cropped_padding - d * (last - first) - 1) // s + 1 == count
+        live.append(slice(first, last + 1) if same else slice(None))
+        new_padding[dim] = cropped_padding if same else p
+    return tuple(live), new_padding
+
+
+def _crop(weight: Tensor, live: tuple[slice, ...]) -> Tensor:
+    cropped = weight[live]
+    return weight if cropped.shape == weight.shape else cropped.contiguous(memory_format=memory_format(weight))
+
+
+def _crop_taps(tap_attn: Tensor | None, weight: Tensor, live: tuple[slice, ...]) -> Tensor | None:
+    if tap_attn is None:
+        return None
+    return tap_attn.unflatten(1, weight.shape[2:])[(slice(None), *live[2:])].flatten(1)
 
 
 def _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups, backward) -> ModuleType:
