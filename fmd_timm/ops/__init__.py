@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, cuda, reference
+from .patches import memory_format
 
 __all__ = ['dynamic_conv2d']
 
@@ -118,11 +119,6 @@ def _output_size(x, weight, kernel_attn, stride, padding, dilation) -> tuple[int
     return x.shape[0], weight.shape[0] // K, height, width
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 @torch.library.custom_op('fmd_timm::dynamic_conv2d', mutates_args=(), schema=f'({ARGUMENTS}) -> Tensor')
 def _forward(x, *args):
     return _forward_by(reference, x, *args)
@@ -141,17 +137,17 @@ def _(x, *args):
 def _forward_by(implementation, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, *conv_args) -> Tensor:
     if x.shape[0] == 0:
         size = _output_size(x, weight, kernel_attn, *conv_args[:3])
-        return x.new_empty(size).contiguous(memory_format=_memory_format(x))
+        return x.new_empty(size).contiguous(memory_format=memory_format(x))
     # x has autocast's dtype by now; the mixing, a matmul, is to keep that of the kernels.
     with torch.autocast(x.device.type, enabled=False):
         y = implementation.forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, *conv_args)
-    return y.contiguous(memory_format=_memory_format(x))
+    return y.contiguous(memory_format=memory_format(x))
 
 
 @_forward.register_fake
 def _(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups):
     size = _output_size(x, weight, kernel_attn, stride, padding, dilation)
-    return x.new_empty(size).contiguous(memory_format=_memory_format(x))
+    return x.new_empty(size).contiguous(memory_format=memory_format(x))
 
 
 # The gradient of an argument that is None is an empty tensor: an operator can't return None.

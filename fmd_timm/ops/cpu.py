@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dense, gemm, per_image, reference
-from .gemm import memory_format
+from .patches import memory_format
 
 __all__ = ['choose', 'forward', 'backward']
 

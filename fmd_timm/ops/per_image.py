@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gemm import is_channels_last, kernel_rows, memory_format
+from .patches import is_channels_last, kernel_rows, memory_format
 
 MIXED_BYTES = 2 * 2**20  # of the kernels mixed at once
 
