@@ -3,10 +3,9 @@
 On scikit-learn's digits, for every seed: a static resnet18_cifar learns the digits 0 to 4, as the preset `digits` says.
 Then networks learn the digits 5 to 9, all from the same batches in the same number of steps:
 
-    scratch       resnet18_fmd_cifar from random weights, as the preset `digits` says
-    static        the static network, fine-tuned as the preset `finetune` says
-    inflated      resnet18_fmd_cifar grown out of the static network, fine-tuned likewise
-    inflated_t30  the same, with the temperature annealed from 30 as from random weights
+    scratch   resnet18_fmd_cifar from random weights, as the preset `digits` says
+    static    the static network, fine-tuned as the preset `finetune` says
+    inflated  resnet18_fmd_cifar grown out of the static network, fine-tuned likewise
 
 Writes recipes/results/finetune/digits.json. The same command goes on where it was stopped.
 """
@@ -14,20 +13,18 @@ import argparse
 import dataclasses
 import datetime
 import json
-import shlex
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 import datasets
 from data import load_digits
-from measure import git_commit
+from measure import command_line, git_commit
 from train import PRESETS, Recipe
 from train import main as train
 
 RESULT = Path(__file__).parent / 'results' / 'finetune' / 'digits.json'
-EPOCHS = 3  # of 11 steps
+EPOCHS = 4  # of 11 steps
 STATIC, DYNAMIC = 'resnet18_cifar', 'resnet18_fmd_cifar'
 
 
@@ -83,19 +80,17 @@ def main() -> None:
         pretrained = dataclasses.replace(
             scratch, model=STATIC, dataset=str(first), epochs=PRESETS['digits'].epochs)
         starts.append(run('digits', pretrained, start))
-        inflated = dataclasses.replace(finetune, model=DYNAMIC, init=f'inflated:{start}')
         recipes = dict(
             scratch=('digits', dataclasses.replace(scratch, model=DYNAMIC)),
             static=('finetune', dataclasses.replace(finetune, init=str(start))),
-            inflated=('finetune', inflated),
-            inflated_t30=('finetune', dataclasses.replace(inflated, temperature=30.0)),
+            inflated=('finetune', dataclasses.replace(finetune, model=DYNAMIC, init=f'inflated:{start}')),
         )
         for name, (preset, recipe) in recipes.items():
             arms.setdefault(name, []).append(run(preset, recipe, args.output / f'{name}_{seed}'))
 
     last = arms['inflated'][-1]
     result = dict(
-        command=f'python recipes/transfer.py {shlex.join(sys.argv[1:])}'.strip(), seeds=args.seeds,
+        command=command_line('transfer.py'), seeds=args.seeds,
         train_images=last['train_images'], validation_images=last['validation_images'],
         steps=EPOCHS * (last['train_images'] // last['global_batch']), start=summary(starts),
         runs={name: summary(records) for name, records in arms.items()},

@@ -321,7 +321,7 @@ def test_the_schedule_scales_every_layer_from_the_first_step_on(letters_folder, 
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.SGD, 'step', recorded)
-    run(make_finetune(letters_folder, checkpoint, layer_decay=0.5, head_lr_scale=8.0, lr=0.125), tmp_path)
+    run(make_finetune(letters_folder, checkpoint, layer_decay=0.5, head_lr_scale=8.0, opt='sgd', lr=0.125), tmp_path)
     assert rates[0] == {0.125} and all(len(rate) == 1 for rate in rates) and max(rates[-1]) < 0.125
 
 
