@@ -9,9 +9,9 @@ make a random attention uniform, so that all kernels learn; this one is uniform 
 gradients its last layers learn from by T. The attention of a trained dynamic checkpoint has learned at the temperature
 that is saved with it: keep it, a higher one would undo that.
 
-Use an adaptive optimizer such as AdamW. Through gates of 1/2 and shares of 1/K a kernel of FMDConv with K = 4 gets 1/16 of
-the static kernel's gradient, and what it moves counts 1/4: with the learning rate of the static network, SGD would move
-the mixed kernel 1/64 as far.
+Use an adaptive optimizer such as AdamW. Through gates of 1/2 and shares of 1/K a kernel of FMDConv with K = 4 gets 1/16
+of the static kernel's gradient, and what the four move counts 1/4: with the learning rate of a static network SGD would
+move the mixed kernel 1/64 as far.
 """
 import copy
 import logging
