@@ -124,7 +124,8 @@ def test_an_error_that_is_not_of_triton_is_not_hidden(error, monkeypatch):
 
     monkeypatch.setattr(triton_conv, 'convolve', fail)
     tensors, conv_args = small_inputs()
-    with pytest.raises(type(error)), warnings.catch_warnings(action='error'):
+    with pytest.raises(type(error)), warnings.catch_warnings():
+        warnings.simplefilter('error')
         cuda.forward(**tensors, **conv_args)
 
 
