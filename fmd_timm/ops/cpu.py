@@ -1,6 +1,7 @@
 """Dynamic convolution on the CPU: the rules that choose its algorithm.
 
-Measured with `recipes/bench.py --layers`; the results are beside it.
+Chosen from timings of single convolutions of ResNets, forward and backward, batch 1 and 16 at 224 px and 2 to 128 below
+17 px, channels_last, float32, one thread of an Intel Xeon. `recipes/bench.py --layers` times those at 224 px anew.
 """
 from types import ModuleType
 
