@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import compare
-import data
 import numpy as np
 import pytest
 import report
@@ -53,16 +52,6 @@ def fresh_accelerator(monkeypatch):
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-@pytest.fixture(scope='module')
-def digits_folder(tmp_path_factory):
-    """64 digits to train and 50 to validate, as a folder of parquet files."""
-    folder = tmp_path_factory.mktemp('digits')
-    digits = data.load_digits()
-    digits['train'].select(range(64)).to_parquet(folder / 'train.parquet')
-    digits['test'].select(range(50)).to_parquet(folder / 'test.parquet')
-    return folder
 
 
 def run(digits_folder, output, *options, models=(tiny.NAME, STATIC), seeds=2):
