@@ -218,6 +218,7 @@ train.main(**vars(train.parse_arguments(sys.argv[1:])))
     assert 'recipes/train.py digits' in record['command'] and f'--model {tiny.NAME} --seed 0' in record['command']
 
 
+@pytest.mark.slow  # eight processes that have to find one another
 def test_the_processes_of_a_launch_run_each_recipe_together_and_end_together(tmp_path):
     """On two CPU processes, twice: where both succeed, and where the second one fails while the first one waits."""
     (tmp_path / 'good.py').write_text(
