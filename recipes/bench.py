@@ -30,13 +30,13 @@ from torch import nn
 from tqdm import tqdm
 
 from fmd_timm import FMDConv2d, dynamic_conv2d, prepare_for_inference
-from fmd_timm.ops import cpu, cuda, dense, gemm, per_image, reference
+from fmd_timm.ops import cpu, cuda, dense, gemm, hybrid, per_image, reference
 
 RESULTS = Path(__file__).parent / 'results' / 'bench'
 IMAGE_SIZE = 224  # pixels
 METHODS = 'fmd', 'od', 'dy', 'cond'
 STATIC = 'static', 'static channels_last'
-CPU_ALGORITHMS = {'reference': reference, 'dense': dense, 'gemm': gemm, 'per_image': per_image}
+CPU_ALGORITHMS = {'reference': reference, 'dense': dense, 'gemm': gemm, 'per_image': per_image, 'hybrid': hybrid}
 CUDA_ALGORITHMS = 'reference', 'dense', 'materialised', 'fused'
 WHAT = {  # case of the table -> its label, the variant that it is about
     'train': ('training step', 'fmd'),

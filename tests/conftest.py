@@ -5,12 +5,13 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest  # noqa: E402
 
-from fmd_timm.ops import cpu, dense, gemm, per_image, reference  # noqa: E402
+from fmd_timm.ops import cpu, dense, gemm, hybrid, per_image, reference  # noqa: E402
 
 FITS = {
     reference: lambda num_kernels, has_taps, groups: True,
     dense: lambda num_kernels, has_taps, groups: groups == 1 or num_kernels == 1 and not has_taps,
     gemm: lambda num_kernels, has_taps, groups: groups == 1,
+    hybrid: lambda num_kernels, has_taps, groups: groups == 1,
     per_image: lambda num_kernels, has_taps, groups: True,
 }
 

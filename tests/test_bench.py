@@ -8,7 +8,7 @@ import bench
 import pytest
 import torch
 
-from fmd_timm.ops import cpu, dense, gemm, per_image, reference
+from fmd_timm.ops import cpu, dense, gemm, hybrid, per_image, reference
 
 README = Path(__file__).parents[1] / 'README.md'
 
@@ -63,7 +63,8 @@ def test_layers_of_a_network_are_its_dynamic_convolutions():
     assert dict(in_channels=256, out_channels=512, kernel=3, stride=2, pixels=14, count=1) in layers
 
 
-@pytest.mark.parametrize('module', [reference, dense, gemm, per_image], ids=lambda m: m.__name__.rpartition('.')[2])
+@pytest.mark.parametrize(
+    'module', [reference, dense, gemm, per_image, hybrid], ids=lambda module: module.__name__.rpartition('.')[2])
 def test_an_algorithm_is_forced_on_every_layer(module):
     name = module.__name__.rpartition('.')[2]
     with bench.algorithm(torch.device('cpu'), name):

@@ -129,6 +129,7 @@ PROOF = {  # as SHAPES: every kernel size, stride, dilation, groups and K, with 
 def small_blocks(monkeypatch):
     """Several tiles of output channels, and mixed kernels of one image at a time."""
     monkeypatch.setattr(gemm, 'TILE_BYTES', 1)
+    monkeypatch.setattr(gemm, 'GRADIENT_BYTES', 1)
     monkeypatch.setattr(per_image, 'MIXED_BYTES', 1)
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import dense, gemm, per_image, reference
+from . import dense, gemm, hybrid, per_image, reference
 from .patches import memory_format
 
 __all__ = ['choose', 'forward', 'backward']
@@ -30,6 +30,8 @@ def choose(
         return reference  # a depthwise convolution of B * C channels
     if groups > 1 or out_pixels >= (400 if backward else 100):
         return per_image
+    if backward and out_pixels >= 100:
+        return hybrid
     if batch >= 32 * out_pixels:
         return dense
     return gemm

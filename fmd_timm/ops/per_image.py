@@ -101,6 +101,31 @@ def backward(
     )
 
 
+def image_gradient(
+        grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, stride, padding, dilation, groups,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and in_attn alone, for images that are small beside the kernels: those take the gates."""
+    share, bank = _share_and_bank(weight, kernel_attn, len(x))
+    tap_gate = _gates(weight, None, None, tap_attn, bank.shape[1], groups)[2]
+    gated_y = grad_y if out_attn is None else grad_y * out_attn.to(grad_y.dtype)[:, :, None, None]
+    grad_x = _empty(x, *x.shape[:2])
+    grad_in_attn = None if in_attn is None else torch.empty_like(in_attn)
+    for part in _parts(len(x), bank):
+        kernels = _gate_(_mix(share[part], bank, weight), part, tap_gate).to(x.dtype)
+        if _is_matmul(weight, stride, padding, groups):
+            _multiply(kernels.flatten(2).mT, _pixels(gated_y[part], memory_format(x)), out=_pixels(grad_x[part]))
+        for i, b in enumerate(range(part.start, part.stop)):
+            if not _is_matmul(weight, stride, padding, groups):
+                grad_x[b:b + 1], _, _ = torch.ops.aten.convolution_backward(
+                    gated_y[b:b + 1], x[b:b + 1], kernels[i], None, stride, padding, dilation, False, [0, 0], groups,
+                    [True, False, False],
+                )
+            if in_attn is not None:
+                grad_in_attn[b] = (grad_x[b] * x[b]).sum((1, 2))
+                grad_x[b] *= in_attn[b, :, None, None].to(x.dtype)
+    return grad_x, grad_in_attn
+
+
 def _share_and_bank(weight: Tensor, kernel_attn: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
     share = weight.new_ones(batch, 1) if kernel_attn is None else kernel_attn.to(weight.dtype)
     return share, kernel_rows(weight, kernel_attn)
