@@ -7,7 +7,6 @@ the squeeze in front of it.
 import collections
 import copy
 import logging
-import threading
 
 import torch
 import torch.fx
@@ -18,25 +17,20 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import DynamicConv2d
-from .layers.attention import DynamicAttention
-from .ops import cpu, dynamic_conv2d
-from .ops.packed import PackedConv, is_available
+from .layers.attention import norm_as_affine
+from .ops import cpu, dynamic_conv2d, prepared
 
 __all__ = ['prepare_for_inference']
 
 _logger = logging.getLogger(__name__)
-
-PACKED_FROM = 500_000  # elements of a kernel: reordering a smaller one costs next to nothing
-PACKED_PIXELS = 100  # of the result: with fewer, a batch is better mixed and multiplied all at once
 
 
 def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
     """A network that computes the same in evaluation mode, faster; it can't be trained any more.
 
     Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
-    dynamic convolutions with large kernels keep them packed for the size of the first images that they see, which
-    doubles their memory; images of other sizes go the ordinary way. Save the weights before: those of the prepared
-    network have other keys.
+    dynamic convolutions whose images are small beside their kernels keep those transposed too, from their first call,
+    which doubles their memory. Save the weights before: those of the prepared network have other keys.
 
     Args:
         model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.
@@ -73,104 +67,56 @@ class PreparedConv2d(nn.Module):
         self.dilation, self.groups, self.tf_same_padding = conv.dilation, conv.groups, conv.tf_same_padding
         weight, bias, self.shift = conv.weight.detach(), conv.bias, None
         if norm is not None:
-            scale, shift = _affine(norm)
+            scale, shift = norm_as_affine(norm)
             self.shift = nn.Parameter(shift)
             scale = scale.repeat(conv.num_kernels)
             weight = weight * scale[:, None, None, None]
             bias = None if bias is None else bias * scale
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach())
-        self.attention = _fold_norm(conv.attention)
-        self._forget_packed()
+        self.attention = conv.attention.fold()
+        self._bank = None  # the kernels transposed, made when they are needed
 
     def forward(self, x: Tensor) -> Tensor:
         attention = self.attention(x)
         if self.tf_same_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        conv_args = self.stride, self.padding, self.dilation, self.groups
-        if not _is_plain(x):
-            y = dynamic_conv2d(x, self.weight, *attention, self.bias, *conv_args)
+        conv_args = self.stride, self.padding, self.dilation
+        if not _is_plain(x, self.weight):
+            y = dynamic_conv2d(x, self.weight, *attention, self.bias, *conv_args, self.groups)
             return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
-        y = self._convolve_packed(x, *attention)
-        if y is None:  # without the operator's dispatch, which takes 30 us
-            y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args)
+        if self._is_product(x):
+            if self._bank is None:
+                self._bank = prepared.transposed(self.weight, self.num_kernels)
+            return prepared.forward(x, self._bank, self.weight, *attention, self.bias, self.shift, *conv_args)
+        # without the operator's dispatch, which takes 30 us
+        y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args, self.groups)
         return y if self.shift is None else y.add_(self.shift[:, None, None])
 
-    def _convolve_packed(self, x, kernel_attn, in_attn, out_attn, tap_attn) -> Tensor | None:
-        """The result where packed kernels pay and nobody else is using them, else None."""
-        kernel = self.weight.numel() // self.num_kernels
-        if (
-            kernel < PACKED_FROM or self.kernel_size == (1, 1) or self.groups > 1
-            or len(x) > 1 and x.shape[2] * x.shape[3] < PACKED_PIXELS * self.stride[0] * self.stride[1]
-            or kernel_attn is None or tap_attn is not None
-            or x.dtype != torch.float32 or self.weight.dtype != torch.float32 or not is_available()
-        ):
-            return None
-        if not self._in_use.acquire(blocking=False):
-            return None
-        try:
-            if self._packed is None:
-                conv_args = self.stride, self.padding, self.dilation
-                self._packed_size = x.shape[2:]
-                self._packed = PackedConv(self.weight.detach(), self.num_kernels, x.shape[2:], *conv_args)
-            if x.shape[2:] != self._packed_size:
-                return None
-            y = self._packed(x if in_attn is None else x * in_attn[..., None, None], kernel_attn)
-        finally:
-            self._in_use.release()
-        if self.bias is not None:
-            y += (kernel_attn @ self.bias.reshape(self.num_kernels, -1))[..., None, None]
-        if out_attn is not None:
-            y *= out_attn[..., None, None]
-        return y
-
-    def _forget_packed(self) -> None:
-        self._packed, self._packed_size, self._in_use = None, None, threading.Lock()
+    def _is_product(self, x: Tensor) -> bool:
+        """Whether it is fastest as matrix products: timed as the rules in `ops/cpu.py`, which serve the other cases."""
+        pixels = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])  # of the result
+        if self.groups > 1 or self.num_kernels == 1 or len(x) >= 32 * pixels:
+            return False
+        return self.kernel_size == (1, 1) or 9 <= pixels < 400  # in smaller images some taps meet padding alone
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ('_packed', '_in_use')}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._forget_packed()
+        return dict(self.__dict__, _bank=None)
 
     def _apply(self, fn, recurse: bool = True):
-        self._forget_packed()  # the weights may change
+        self._bank = None  # the weights may change
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f'num_kernels={self.num_kernels}, kernel_size={self.kernel_size}, stride={self.stride}'
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether nothing but the result is wanted: no gradient, no graph, no other dtype."""
-    return not (
+    return x.dtype == weight.dtype in (torch.float32, torch.float64) and not (
         torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu'
         or x.shape[0] == 0 or x.requires_grad and torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
     )
-
-
-def _affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each channel in evaluation mode."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach()
-
-
-def _fold_norm(attention: DynamicAttention) -> DynamicAttention:
-    norm = getattr(attention, 'bn', None)
-    if norm is not None:
-        scale, shift = _affine(norm)
-        squeeze, rows = attention.squeeze, norm.num_features
-        bias = squeeze.weight.new_zeros(squeeze.out_features)
-        bias[:rows] = shift
-        weight = squeeze.weight.detach().clone()
-        weight[:rows] *= scale[:, None]
-        squeeze.weight, squeeze.bias = nn.Parameter(weight), nn.Parameter(bias)
-        attention.bn = nn.Identity()
-    return attention
 
 
 class _Tracer(torch.fx.Tracer):

@@ -9,7 +9,6 @@ import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
 
-import fmd_timm.inference
 from fmd_timm import (
     CondConv2d,
     DyConv2d,
@@ -20,7 +19,7 @@ from fmd_timm import (
     prepare_for_inference,
     set_temperature,
 )
-from fmd_timm.ops import packed
+from fmd_timm.inference import PreparedConv2d
 
 METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
 
@@ -53,41 +52,37 @@ def assert_same(prepared, model, x, tolerance=1e-5):
     assert error < tolerance, f'relative error {error:.1e}'
 
 
-@pytest.fixture(params=[True, False], ids=['packed', 'unpacked'])
-def packs(request, monkeypatch):
-    """Every convolution packs its kernels, or PyTorch has no operators for that."""
-    monkeypatch.setattr(fmd_timm.inference, 'PACKED_FROM', 0)
-    monkeypatch.setattr(fmd_timm.inference, 'PACKED_PIXELS', 0)
-    if not request.param:
-        monkeypatch.setattr(fmd_timm.inference, 'is_available', lambda: False)
-    elif not packed.is_available():
-        pytest.skip('this build of PyTorch does not pack kernels')
-
-
-def packed_convs(model):
-    return [module for module in model.modules() if getattr(module, '_packed', None) is not None]
+@pytest.fixture(params=['rules', 'products', 'no products'])
+def way(request, monkeypatch):
+    """Convolutions as the rules have it, all as products with transposed kernels that can be, or none."""
+    if request.param == 'products':
+        monkeypatch.setattr(PreparedConv2d, '_is_product', lambda self, x: self.groups == 1)
+    if request.param == 'no products':
+        monkeypatch.setattr(PreparedConv2d, '_is_product', lambda self, x: False)
 
 
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('name', [
     *timm.list_models('resnet*_fmd*'), 'resnet18_od', 'resnet18_dy', 'resnet18_cond', 'resnet18_cifar',
 ])
-def test_outputs_are_the_same(name, batch, packs):
+def test_outputs_are_the_same(name, batch, way):
     model = make_model(name)
     assert_same(prepare_for_inference(model), model, make_images(batch))
 
 
 @pytest.mark.parametrize('conv_bias', [False, True])
-def test_biases_and_temperatures_are_kept(conv_bias, packs):
+def test_biases_and_temperatures_are_kept(conv_bias, way):
     model = make_model(conv_bias=conv_bias)
     for conv in model.modules():
         if isinstance(conv, DynamicConv2d) and conv_bias:
             nn.init.normal_(conv.bias)
-    prepared = prepare_for_inference(model)
-    assert_same(prepared, model, make_images(1))
-    for network in model, prepared:
-        set_temperature(network, kernel=5.0, gate=2.0)
-    assert_same(prepared, model, make_images(1))
+    set_temperature(model, kernel=5.0, gate=2.0)
+    assert_same(prepare_for_inference(model), model, make_images(1))
+
+
+def test_temperatures_of_a_prepared_network_cannot_be_set():
+    with pytest.raises(ValueError, match='ResNet has no dynamic convolution to set a temperature of'):
+        set_temperature(prepare_for_inference(make_model()), kernel=5.0)
 
 
 @pytest.mark.parametrize('layer', METHODS)
@@ -170,28 +165,14 @@ def test_the_network_itself_is_untouched_unless_asked_for():
     torch.testing.assert_close(model(make_images()), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_images_of_another_size_after_the_first(packs):
+def test_images_of_another_size_after_the_first(way):
     model = make_model()
     prepared = prepare_for_inference(model)
     for size in 64, 96, 64:
         assert_same(prepared, model, make_images(1, size))
 
 
-def test_kernels_are_packed_where_they_are_large(monkeypatch):
-    if not packed.is_available():
-        pytest.skip('this build of PyTorch does not pack kernels')
-    monkeypatch.setattr(fmd_timm.inference, 'PACKED_FROM', 32 * 32 * 9)
-    prepared = prepare_for_inference(make_model('resnet50_fmd'))
-    with torch.no_grad():
-        prepared(make_images(1))
-    for name, module in prepared.named_modules():
-        if hasattr(module, '_packed'):
-            large = module.weight.shape[0] // 4 * module.weight.shape[1] * 9 >= 32 * 32 * 9
-            assert (module._packed is not None) == (name.endswith('conv2') and large), name
-    assert 0 < len(packed_convs(prepared)) < 16
-
-
-def test_two_threads_do_not_disturb_each_other(packs):
+def test_two_threads_do_not_disturb_each_other(way):
     prepared, images = prepare_for_inference(make_model()), [make_images(1), make_images(1).flip(0, 2)]
     with torch.inference_mode():
         expected = [prepared(x) for x in images]
@@ -211,7 +192,7 @@ def test_two_threads_do_not_disturb_each_other(packs):
     assert not wrong
 
 
-def test_copies_and_other_dtypes_after_use(packs):
+def test_copies_and_other_dtypes_after_use(way):
     model = make_model()
     prepared = prepare_for_inference(model)
     assert_same(prepared, model, make_images(1))
@@ -238,7 +219,7 @@ def test_autocast_and_empty_batch():
     assert prepared(make_images()[:0]).shape == (0, 5)
 
 
-def test_compiled_and_exported(packs):
+def test_compiled_and_exported(way):
     model = make_model()
     prepared = prepare_for_inference(model)
     program = torch.export.export(

@@ -63,6 +63,10 @@ class DynamicAttention(nn.Module):
         """Initialise as the method's authors do, temperatures 1."""
         raise NotImplementedError(f'{type(self).__name__} has no rule for its initial values')
 
+    def fold(self) -> nn.Module:
+        """What computes the same in evaluation mode, at these temperatures, in fewer operations."""
+        return self
+
     @torch.no_grad()
     def make_constant(self) -> None:
         """Zero the last linear maps: every image gets equal shares of the kernels and gates of sigmoid(0) = 1/2.
@@ -108,6 +112,9 @@ class CondConvAttention(DynamicAttention):
         bound = 1 / (self.kernel.in_features + self.kernel.out_features) ** 0.5
         nn.init.uniform_(self.kernel.weight, -bound, bound)
         nn.init.zeros_(self.kernel.bias)
+
+    def fold(self) -> 'FoldedAttention':
+        return FoldedAttention(None, None, _linear_map(self.kernel), competes=False)
 
     def forward(self, x: Tensor) -> Attention:
         logits = self.kernel(self.squeeze(x.mean((2, 3))))
@@ -163,6 +170,12 @@ class DyConvAttention(DynamicAttention):
                 nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
             nn.init.zeros_(self.kernel.bias)
         nn.init.ones_(self.kernel_temperature)
+
+    def fold(self) -> 'FoldedAttention':
+        if self.num_kernels == 1:
+            return FoldedAttention(None, None, None)
+        return FoldedAttention(
+            _linear_map(self.squeeze), None, _linear_map(self.kernel, temperature=self.kernel_temperature))
 
     def forward(self, x: Tensor) -> Attention:
         kernel_attn: Tensor | None = None
@@ -229,6 +242,13 @@ class ODConvAttention(DynamicAttention):
         nn.init.zeros_(self.heads.bias)
         self.bn.reset_parameters()
         nn.init.ones_(self.kernel_temperature)
+
+    def fold(self) -> 'FoldedAttention':
+        weight, bias = _linear_map(self.heads, temperature=self.kernel_temperature)
+        gates, kernel = zip(*(part.split([sum(self.sizes[:3]), self.sizes[3]]) for part in (weight, bias)))
+        return FoldedAttention(
+            _linear_map(self.squeeze, norm=self.bn), gates, kernel if self.num_kernels > 1 else None,
+            gate_sizes=self.sizes[:3])
 
     def forward(self, x: Tensor) -> Attention:
         hidden = self.bn(self.squeeze(x.mean((2, 3)))).relu()
@@ -324,6 +344,15 @@ class FMDAttention(DynamicAttention):
         nn.init.ones_(self.kernel_temperature)
         nn.init.ones_(self.gate_temperature)
 
+    def fold(self) -> 'FoldedAttention':
+        return FoldedAttention(
+            _linear_map(self.squeeze, norm=self.bn),
+            _linear_map(self.gates, temperature=self.gate_temperature),
+            _linear_map(self.kernel, temperature=self.kernel_temperature) if self.num_kernels > 1 else None,
+            gate_sizes=[self.in_channels, self.out_channels, 0],
+            hidden_sizes=[self.gate_hidden, self.kernel_hidden],
+        )
+
     def forward(self, x: Tensor) -> Attention:
         squeezed = self.squeeze(x.mean((2, 3)))  # (B, gate_hidden + kernel_hidden)
         hidden = self.bn(squeezed[:, :self.gate_hidden]).relu()
@@ -339,6 +368,79 @@ class FMDAttention(DynamicAttention):
 
     def extra_repr(self) -> str:
         return f'num_kernels={self.num_kernels}'
+
+
+class FoldedAttention(nn.Module):
+    """Any of these attentions for inference, its BatchNorm and temperatures folded into linear maps.
+
+    After large kernels have gone through the caches every operation costs some 20 us, so there are few.
+
+    Args:
+        squeeze: Weight (out, in) and bias in front of the ReLU; None where the method has neither.
+        gates: The same in front of the sigmoids, None without gates.
+        kernel: The same in front of the softmax over the kernels, None for one kernel.
+        gate_sizes: How many of the gates are in_attn, out_attn and tap_attn.
+        hidden_sizes: How much of what is squeezed goes into `gates` and how much into `kernel`; None is all into both.
+        competes: Whether the kernels' shares come from a softmax, not from sigmoids.
+    """
+
+    def __init__(
+            self,
+            squeeze: tuple[Tensor, Tensor] | None,
+            gates: tuple[Tensor, Tensor] | None,
+            kernel: tuple[Tensor, Tensor] | None,
+            gate_sizes: list[int] | None = None,
+            hidden_sizes: list[int] | None = None,
+            competes: bool = True,
+    ):
+        super().__init__()
+        self.gate_sizes, self.hidden_sizes, self.competes = gate_sizes, hidden_sizes, competes
+        for name, linear_map in ('squeeze', squeeze), ('gates', gates), ('kernel', kernel):
+            weight, bias = (None, None) if linear_map is None else linear_map
+            weight = None if weight is None else nn.Parameter(weight.T.contiguous())
+            self.register_parameter(f'{name}_weight', weight)  # (in, out)
+            self.register_parameter(f'{name}_bias', None if bias is None else nn.Parameter(bias))
+
+    def forward(self, x: Tensor) -> Attention:
+        hidden = x.mean((2, 3))
+        if self.squeeze_weight is not None:
+            hidden = torch.addmm(self.squeeze_bias, hidden, self.squeeze_weight).relu_()
+        of_gates = of_kernel = hidden
+        if self.hidden_sizes is not None:
+            of_gates, of_kernel = hidden.split(self.hidden_sizes, 1)
+        kernel_attn, gates = None, (None, None, None)
+        if self.kernel_weight is not None:
+            logits = _at_least_float32(torch.addmm(self.kernel_bias, of_kernel, self.kernel_weight))
+            kernel_attn = logits.softmax(1) if self.competes else logits.sigmoid_()
+        if self.gates_weight is not None:
+            logits = _at_least_float32(torch.addmm(self.gates_bias, of_gates, self.gates_weight))
+            gates = logits.sigmoid_().split(self.gate_sizes, 1)
+            gates = [gate if size else None for gate, size in zip(gates, self.gate_sizes)]
+        return kernel_attn, *gates
+
+
+def _linear_map(
+        linear: nn.Linear, norm: nn.BatchNorm1d | None = None, temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias, with the BatchNorm behind the first rows or the temperature that divides the result."""
+    weight = linear.weight.detach().clone()
+    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().clone()
+    if norm is not None:
+        scale, shift = norm_as_affine(norm)
+        weight[:norm.num_features] *= scale[:, None]
+        bias[:norm.num_features] = shift
+    if temperature is not None:
+        weight, bias = weight / temperature, bias / temperature
+    return weight, bias
+
+
+def norm_as_affine(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel by a BatchNorm in evaluation mode."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach()
 
 
 def set_temperature(model: nn.Module, kernel: float | None = None, gate: float | None = None) -> None:
