@@ -104,8 +104,12 @@ class PreparedConv2d(nn.Module):
         return dict(self.__dict__, _bank=None)
 
     def _apply(self, fn, recurse: bool = True):
-        self._bank = None  # the weights may change
+        self._bank = None  # the weights may change, as below
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args):
+        self._bank = None
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         return f'num_kernels={self.num_kernels}, kernel_size={self.kernel_size}, stride={self.stride}'

@@ -202,6 +202,14 @@ def test_copies_and_other_dtypes_after_use(way):
     assert_same(prepared.float(), model.float(), make_images(1))
 
 
+def test_weights_loaded_after_use(way):
+    model, other = make_model(), randomize(make_model())
+    prepared = prepare_for_inference(model)
+    assert_same(prepared, model, make_images(1))
+    prepared.load_state_dict(prepare_for_inference(other).state_dict())
+    assert_same(prepared, other, make_images(1))
+
+
 def test_the_gradient_of_the_input_is_still_there():
     model = make_model()
     gradients = []
