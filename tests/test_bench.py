@@ -69,8 +69,7 @@ def test_an_algorithm_is_forced_on_every_layer(module):
     name = module.__name__.rpartition('.')[2]
     with bench.algorithm(torch.device('cpu'), name):
         assert cpu.choose(batch=1, num_kernels=4, out_pixels=9, groups=1) is module
-    arguments = dict(
-        batch=2, num_kernels=4, out_pixels=9, groups=1, depthwise=False, has_taps=False, backward=False)
+    arguments = dict(batch=2, num_kernels=4, out_pixels=9, groups=1, depthwise=False, has_taps=False)
     with bench.algorithm(torch.device('cpu'), None):
         assert cpu.choose(**arguments) is gemm
 

@@ -1,7 +1,8 @@
 """Dynamic convolution on the CPU: the rules that choose its algorithm.
 
 Chosen from timings of single convolutions of ResNets, forward and backward, batch 1 and 16 at 224 px and 2 to 128 below
-17 px, channels_last, float32, one thread of an Intel Xeon. `recipes/bench.py --layers` times those at 224 px anew.
+17 px, and where `hybrid` begins and ends of 1x1 and 3x3 kernels between 128 and 1024 channels, batch 4 and 16 at 8 to
+28 px, channels_last, float32, one thread of an Intel Xeon. `recipes/bench.py --layers` times those at 224 px anew.
 """
 from types import ModuleType
 
@@ -21,16 +22,15 @@ def choose(
         groups: int,
         depthwise: bool,
         has_taps: bool,
-        backward: bool,
 ) -> ModuleType:
     """The implementation for images with `out_pixels` = H' * W' results per channel."""
     if num_kernels == 1 and not has_taps:
         return dense  # one kernel for all images: an ordinary convolution
     if depthwise:
         return reference  # a depthwise convolution of B * C channels
-    if groups > 1 or out_pixels >= (400 if backward else 100):
+    if groups > 1 or out_pixels >= 500:
         return per_image
-    if backward and out_pixels >= 100:
+    if out_pixels >= 144:
         return hybrid
     if batch >= 32 * out_pixels:
         return dense
@@ -41,7 +41,7 @@ def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, p
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0."""
     live, padding = _live_taps(x, weight, stride, padding, dilation)
     weight, tap_attn = _crop(weight, live), _crop_taps(tap_attn, weight, live)
-    chosen = _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups, backward=False)
+    chosen = _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups)
     return chosen.forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups)
 
 
@@ -51,7 +51,7 @@ def backward(
     """Gradients of x, weight, kernel_attn, in_attn, out_attn, tap_attn and bias; None for what is None."""
     live, padding = _live_taps(x, weight, stride, padding, dilation)
     cropped, cropped_taps = _crop(weight, live), _crop_taps(tap_attn, weight, live)
-    chosen = _chosen(x, cropped, kernel_attn, cropped_taps, stride, padding, dilation, groups, backward=True)
+    chosen = _chosen(x, cropped, kernel_attn, cropped_taps, stride, padding, dilation, groups)
     gradients = list(chosen.backward(
         grad_y, x, cropped, kernel_attn, in_attn, out_attn, cropped_taps, bias, stride, padding, dilation, groups))
     if cropped.shape != weight.shape:
@@ -93,11 +93,11 @@ def _crop_taps(tap_attn: Tensor | None, weight: Tensor, live: tuple[slice, ...])
     return tap_attn.unflatten(1, weight.shape[2:])[(slice(None), *live[2:])].flatten(1)
 
 
-def _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups, backward) -> ModuleType:
+def _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups) -> ModuleType:
     num_kernels = 1 if kernel_attn is None else kernel_attn.shape[1]
     out_pixels = 1
     for size, taps, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation):
         out_pixels *= (size + 2 * p - d * (taps - 1) - 1) // s + 1
     return choose(
         batch=len(x), num_kernels=num_kernels, out_pixels=out_pixels, groups=groups,
-        depthwise=groups > 1 and weight.shape[1] == 1, has_taps=tap_attn is not None, backward=backward)
+        depthwise=groups > 1 and weight.shape[1] == 1, has_taps=tap_attn is not None)
