@@ -131,6 +131,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(gemm, 'TILE_BYTES', 1)
     monkeypatch.setattr(gemm, 'GRADIENT_BYTES', 1)
     monkeypatch.setattr(per_image, 'MIXED_BYTES', 1)
+    monkeypatch.setattr(per_image, 'GRADIENT_BYTES', 1)
 
 
 @pytest.mark.parametrize('dtype, tolerance', [

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .patches import is_channels_last, kernel_rows, memory_format
 
-MIXED_BYTES = 2 * 2**20  # of the kernels mixed at once
+MIXED_BYTES = 10 * 2**20  # of the kernels mixed at once
+GRADIENT_BYTES = 2 * 2**20  # the same where each has a gradient and products with it
 
 
 def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
@@ -21,8 +22,9 @@ def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, p
     gates_kernels = bank[0].numel() <= 2 * x[0].numel()
     gates = (in_gate, out_gate, tap_gate) if gates_kernels else (tap_gate,)
     y = None
-    for part in _parts(len(x), bank):
-        kernels = _gate_(_mix(share[part], bank, weight), part, *gates).to(x.dtype)
+    parts, memory = _parts(len(x), bank, MIXED_BYTES)
+    for part in parts:
+        kernels = _gate_(_mix(share[part], bank, weight, memory), part, *gates).to(x.dtype)
         images = x[part]
         if in_attn is not None and not gates_kernels:
             images = images * in_attn[part].to(x.dtype)[:, :, None, None]
@@ -55,8 +57,9 @@ def backward(
     grad_x, grad_weight = _empty(x, *x.shape[:2]), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, kernel_attn).flatten(1)
     grad_share, grad_in, grad_out, grad_taps = [], [], [], []
-    for part in _parts(len(x), bank):
-        mixed = _mix(share[part], bank, weight)  # (b, O, i, kh, kw)
+    parts, memory = _parts(len(x), bank, GRADIENT_BYTES)
+    for part in parts:
+        mixed = _mix(share[part], bank, weight, memory)  # (b, O, i, kh, kw)
         kernels = _times(mixed, part, in_gate, out_gate, tap_gate).to(x.dtype)
         G = torch.empty_like(mixed)  # the gradient of each image's kernel, gates included
         if _is_matmul(weight, stride, padding, groups):
@@ -110,8 +113,9 @@ def image_gradient(
     gated_y = grad_y if out_attn is None else grad_y * out_attn.to(grad_y.dtype)[:, :, None, None]
     grad_x = _empty(x, *x.shape[:2])
     grad_in_attn = None if in_attn is None else torch.empty_like(in_attn)
-    for part in _parts(len(x), bank):
-        kernels = _gate_(_mix(share[part], bank, weight), part, tap_gate).to(x.dtype)
+    parts, memory = _parts(len(x), bank, MIXED_BYTES)
+    for part in parts:
+        kernels = _gate_(_mix(share[part], bank, weight, memory), part, tap_gate).to(x.dtype)
         if _is_matmul(weight, stride, padding, groups):
             _multiply(kernels.flatten(2).mT, _pixels(gated_y[part], memory_format(x)), out=_pixels(grad_x[part]))
         for i, b in enumerate(range(part.start, part.stop)):
@@ -131,15 +135,17 @@ def _share_and_bank(weight: Tensor, kernel_attn: Tensor | None, batch: int) -> t
     return share, kernel_rows(weight, kernel_attn)
 
 
-def _parts(batch: int, bank: Tensor) -> list[slice]:
-    step = max(MIXED_BYTES // (bank[0].numel() * bank.element_size()), 1)
-    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+def _parts(batch: int, bank: Tensor, size: int) -> tuple[list[slice], Tensor]:
+    """Ranges of the images, and memory for the mixed kernels of one: fresh memory costs more than the mixing."""
+    kernel = bank[0].numel()
+    step = min(max(size // (kernel * bank.element_size()), 1), batch)
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)], bank.new_empty(step, kernel)
 
 
-def _mix(share: Tensor, bank: Tensor, weight: Tensor) -> Tensor:
-    """share (b, K), bank (K, O, R) -> mixed kernels (b, O, i, kh, kw) with the strides of `weight`"""
+def _mix(share: Tensor, bank: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
+    """share (b, K), bank (K, O, R) -> mixed kernels (b, O, i, kh, kw) with the strides of `weight`, in `memory`"""
     O, (_, i, kh, kw) = bank.shape[1], weight.shape
-    rows = torch.mm(share, bank.flatten(1))
+    rows = torch.mm(share, bank.flatten(1), out=memory[:len(share)])
     if is_channels_last(weight):
         return rows.view(-1, O, kh, kw, i).permute(0, 1, 4, 2, 3)
     return rows.view(-1, O, i, kh, kw)
