@@ -4,6 +4,7 @@ Chosen from timings of single convolutions of ResNets, forward and backward, bat
 17 px, and where `hybrid` begins and ends of 1x1 and 3x3 kernels of 128 to 1024 channels, batch 4 and 16 at 8 to 22 px;
 channels_last, float32, one thread of an Intel Xeon. `recipes/bench.py --layers` times those at 224 px anew.
 """
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -39,9 +40,9 @@ def choose(
 
 def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0."""
-    live, padding = _live_taps(x, weight, stride, padding, dilation)
+    live, padding, out_pixels = _geometry(x, weight, stride, padding, dilation)
     weight, tap_attn = _crop(weight, live), _crop_taps(tap_attn, weight, live)
-    chosen = _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups)
+    chosen = _chosen(x, weight, kernel_attn, tap_attn, out_pixels, groups)
     return chosen.forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups)
 
 
@@ -49,55 +50,63 @@ def backward(
         grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, kernel_attn, in_attn, out_attn, tap_attn and bias; None for what is None."""
-    live, padding = _live_taps(x, weight, stride, padding, dilation)
+    live, padding, out_pixels = _geometry(x, weight, stride, padding, dilation)
     cropped, cropped_taps = _crop(weight, live), _crop_taps(tap_attn, weight, live)
-    chosen = _chosen(x, cropped, kernel_attn, cropped_taps, stride, padding, dilation, groups)
+    chosen = _chosen(x, cropped, kernel_attn, cropped_taps, out_pixels, groups)
     gradients = list(chosen.backward(
         grad_y, x, cropped, kernel_attn, in_attn, out_attn, cropped_taps, bias, stride, padding, dilation, groups))
-    if cropped.shape != weight.shape:
+    if live is not None:
         grad_weight, gradients[1] = gradients[1], torch.zeros_like(weight)
-        gradients[1][live] = grad_weight
+        gradients[1][(..., *live)] = grad_weight
         if tap_attn is not None:
             grad_taps, gradients[5] = gradients[5], torch.zeros_like(tap_attn)
-            window = gradients[5].unflatten(1, weight.shape[2:])[(slice(None), *live[2:])]
+            window = gradients[5].unflatten(1, weight.shape[2:])[(..., *live)]
             window.copy_(grad_taps.unflatten(1, cropped.shape[2:]))
     return tuple(gradients)
 
 
-def _live_taps(x, weight, stride, padding, dilation) -> tuple[tuple[slice, ...], list[int]]:
-    """The part of `weight` that meets the images at all, and the padding that belongs to it.
+def _geometry(x, weight, stride, padding, dilation) -> tuple[tuple[slice, slice] | None, tuple[int, int], int]:
+    """The taps of `weight` that meet the images, None for all, the padding that belongs to them, and H' * W'."""
+    live, new_padding, out_pixels = [], [], 1
+    for dim in range(2):
+        taps, padded, count = _live_taps(
+            x.shape[2 + dim], weight.shape[2 + dim], stride[dim], padding[dim], dilation[dim])
+        live.append(taps)
+        new_padding.append(padded)
+        out_pixels *= count
+    is_all = all(taps.stop - taps.start == size for taps, size in zip(live, weight.shape[2:]))
+    return None if is_all else tuple(live), tuple(new_padding), out_pixels
+
+
+@lru_cache  # a network has few sizes
+def _live_taps(size: int, taps: int, stride: int, padding: int, dilation: int) -> tuple[slice, int, int]:
+    """In one dimension, the taps that meet the image at all, the padding that belongs to them, and the outputs.
 
     Of the 3x3 kernels of the last stage for tiny images, only the middle does: the rest sees zeros.
     """
-    live, new_padding = [slice(None), slice(None)], list(padding)
-    for dim in range(2):
-        size, taps, s, p, d = x.shape[2 + dim], weight.shape[2 + dim], stride[dim], padding[dim], dilation[dim]
-        count = (size + 2 * p - d * (taps - 1) - 1) // s + 1  # of outputs
-        meeting = [tap for tap in range(taps) if any(0 <= out * s - p + tap * d < size for out in range(count))]
-        first, last = (meeting[0], meeting[-1]) if meeting else (0, taps - 1)
-        cropped_padding = p - first * d
-        same = cropped_padding >= 0 and (size + 2 * cropped_padding - d * (last - first) - 1) // s + 1 == count
-        live.append(slice(first, last + 1) if same else slice(None))
-        new_padding[dim] = cropped_padding if same else p
-    return tuple(live), new_padding
+    count = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    meeting = [
+        tap for tap in range(taps)
+        if any(0 <= out * stride - padding + tap * dilation < size for out in range(count))
+    ]
+    first, last = (meeting[0], meeting[-1]) if meeting else (0, taps - 1)
+    cropped = padding - first * dilation
+    if cropped < 0 or (size + 2 * cropped - dilation * (last - first) - 1) // stride + 1 != count:
+        return slice(0, taps), padding, count
+    return slice(first, last + 1), cropped, count
 
 
-def _crop(weight: Tensor, live: tuple[slice, ...]) -> Tensor:
-    cropped = weight[live]
-    return weight if cropped.shape == weight.shape else cropped.contiguous(memory_format=memory_format(weight))
+def _crop(weight: Tensor, live: tuple[slice, slice] | None) -> Tensor:
+    return weight if live is None else weight[(..., *live)].contiguous(memory_format=memory_format(weight))
 
 
-def _crop_taps(tap_attn: Tensor | None, weight: Tensor, live: tuple[slice, ...]) -> Tensor | None:
-    if tap_attn is None:
-        return None
-    return tap_attn.unflatten(1, weight.shape[2:])[(slice(None), *live[2:])].flatten(1)
+def _crop_taps(tap_attn: Tensor | None, weight: Tensor, live: tuple[slice, slice] | None) -> Tensor | None:
+    if tap_attn is None or live is None:
+        return tap_attn
+    return tap_attn.unflatten(1, weight.shape[2:])[(..., *live)].flatten(1)
 
 
-def _chosen(x, weight, kernel_attn, tap_attn, stride, padding, dilation, groups) -> ModuleType:
-    num_kernels = 1 if kernel_attn is None else kernel_attn.shape[1]
-    out_pixels = 1
-    for size, taps, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation):
-        out_pixels *= (size + 2 * p - d * (taps - 1) - 1) // s + 1
+def _chosen(x, weight, kernel_attn, tap_attn, out_pixels, groups) -> ModuleType:
     return choose(
-        batch=len(x), num_kernels=num_kernels, out_pixels=out_pixels, groups=groups,
-        depthwise=groups > 1 and weight.shape[1] == 1, has_taps=tap_attn is not None)
+        batch=len(x), num_kernels=1 if kernel_attn is None else kernel_attn.shape[1], out_pixels=out_pixels,
+        groups=groups, depthwise=groups > 1 and weight.shape[1] == 1, has_taps=tap_attn is not None)
