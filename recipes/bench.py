@@ -135,8 +135,7 @@ def take_turns(
         for name in runs if turn % 2 else reversed(runs):
             if device.type == 'cuda':
                 torch.cuda.reset_peak_memory_stats()
-            if repeats[name] > 1 or not turn:  # a short run would find its data out of the caches
-                runs[name]()
+            runs[name]()  # which has its memory and its data in the caches again, after the others
             synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats[name]):
