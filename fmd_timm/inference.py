@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import DynamicConv2d
 from .layers.attention import norm_as_affine
-from .ops import cpu, dynamic_conv2d, prepared
+from .ops import cpu, dynamic_conv2d, native, prepared
 
 __all__ = ['prepare_for_inference']
 
@@ -29,8 +29,9 @@ def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
     """A network that computes the same in evaluation mode, faster; it can't be trained any more.
 
     Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
-    dynamic convolutions whose images are small beside their kernels keep those transposed too, from their first call,
-    which doubles their memory. Save the weights before: those of the prepared network have other keys.
+    dynamic convolutions whose images are small beside their kernels keep those in another layout too, from their first
+    call, one for single images and one for batches, each as large as the kernels; for single images some C is compiled
+    then (`ops/native.py`). Save the weights before: those of the prepared network have other keys.
 
     Args:
         model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.
@@ -75,7 +76,7 @@ class PreparedConv2d(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         self.attention = conv.attention.fold()
-        self._bank = None  # the kernels transposed, made when they are needed
+        self._forget_banks()
 
     def forward(self, x: Tensor) -> Tensor:
         attention = self.attention(x)
@@ -85,30 +86,48 @@ class PreparedConv2d(nn.Module):
         if not _is_plain(x, self.weight):
             y = dynamic_conv2d(x, self.weight, *attention, self.bias, *conv_args, self.groups)
             return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
+        if self._is_native(x, *attention):
+            if self._blocked is None:
+                self._blocked = native.blocked(self.weight, self.num_kernels)
+            return native.forward(x, self._blocked, self.kernel_size, *attention[:3], self.shift, *conv_args)
         if self._is_product(x):
-            if self._bank is None:
-                self._bank = prepared.transposed(self.weight, self.num_kernels)
-            return prepared.forward(x, self._bank, self.weight, *attention, self.bias, self.shift, *conv_args)
+            if self._transposed is None:
+                self._transposed = prepared.transposed(self.weight, self.num_kernels)
+            return prepared.forward(x, self._transposed, self.weight, *attention, self.bias, self.shift, *conv_args)
         # without the operator's dispatch, which takes 30 us
         y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args, self.groups)
         return y if self.shift is None else y.add_(self.shift[:, None, None])
 
+    def _is_native(self, x: Tensor, kernel_attn, in_attn, out_attn, tap_attn) -> bool:
+        """Whether it is fastest in C: timed as the rules in `ops/cpu.py`, which serve the other cases."""
+        return (
+            len(x) == 1 and self._out_pixels(x) < 1000 and self.groups == 1 and self.bias is None
+            and kernel_attn is not None and tap_attn is None and native.takes(self.weight, self.num_kernels)
+            and native.is_available()
+        )
+
     def _is_product(self, x: Tensor) -> bool:
-        """Whether it is fastest as matrix products: timed as the rules in `ops/cpu.py`, which serve the other cases."""
-        pixels = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])  # of the result
+        """The same for matrix products with transposed kernels."""
+        pixels = self._out_pixels(x)
         if self.groups > 1 or self.num_kernels == 1 or len(x) >= 32 * pixels:
             return False
         return self.kernel_size == (1, 1) or 9 <= pixels < 400  # in smaller images some taps meet padding alone
 
+    def _out_pixels(self, x: Tensor) -> int:
+        return x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
+
+    def _forget_banks(self) -> None:
+        self._transposed = self._blocked = None  # the kernels laid out anew, made when they are needed
+
     def __getstate__(self) -> dict:
-        return dict(self.__dict__, _bank=None)
+        return dict(self.__dict__, _transposed=None, _blocked=None)
 
     def _apply(self, fn, recurse: bool = True):
-        self._bank = None  # the weights may change, as below
+        self._forget_banks()  # the weights may change, as below
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args):
-        self._bank = None
+        self._forget_banks()
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:

@@ -15,11 +15,13 @@ from fmd_timm import (
     DynamicConv2d,
     FMDConv2d,
     ODConv2d,
+    dynamic_conv2d,
     make_dynamic,
     prepare_for_inference,
     set_temperature,
 )
 from fmd_timm.inference import PreparedConv2d
+from fmd_timm.ops import native
 
 METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
 
@@ -27,7 +29,7 @@ METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
 def make_model(name='resnet18_fmd', **kwargs):
     """A narrow network with statistics and shifts that are not the initial ones, in evaluation mode."""
     torch.manual_seed(0)
-    args = dict(channels=(16, 24, 32, 40), num_classes=5, zero_init_last=False) if 'resnet' in name else {}
+    args = dict(channels=(32, 24, 32, 64), num_classes=5, zero_init_last=False) if 'resnet' in name else {}
     return randomize(timm.create_model(name, **dict(args, **kwargs)))
 
 
@@ -52,9 +54,15 @@ def assert_same(prepared, model, x, tolerance=1e-5):
     assert error < tolerance, f'relative error {error:.1e}'
 
 
-@pytest.fixture(params=['rules', 'products', 'no products'])
+@pytest.fixture(params=['rules', 'native', 'products', 'no products'])
 def way(request, monkeypatch):
-    """Convolutions as the rules have it, all as products with transposed kernels that can be, or none."""
+    """Convolutions as the rules have it, all in C that can be, as products with transposed kernels, or neither."""
+    if request.param == 'native':
+        if not native.is_available():
+            pytest.skip('native.c could not be compiled here')
+        monkeypatch.setattr(PreparedConv2d, '_out_pixels', lambda self, x: 1)
+    elif request.param != 'rules':
+        monkeypatch.setattr(native, 'is_available', lambda: False)
     if request.param == 'products':
         monkeypatch.setattr(PreparedConv2d, '_is_product', lambda self, x: self.groups == 1)
     if request.param == 'no products':
@@ -78,6 +86,44 @@ def test_biases_and_temperatures_are_kept(conv_bias, way):
             nn.init.normal_(conv.bias)
     set_temperature(model, kernel=5.0, gate=2.0)
     assert_same(prepare_for_inference(model), model, make_images(1))
+
+
+@pytest.mark.parametrize('shape', [  # C_in, C_out, kernel, stride, padding, dilation, (H, W), K
+    (16, 32, 1, 1, 0, 1, (1, 1), 2),
+    (32, 64, 3, 1, 1, 1, (7, 7), 4),
+    (48, 32, 3, 2, 1, 1, (9, 6), 3),
+    (16, 96, 5, 1, 4, 2, (5, 8), 8),
+    (64, 32, (1, 3), (2, 1), (0, 1), 1, (4, 11), 1),
+])
+@pytest.mark.parametrize('without', [(), ('in_attn', 'shift'), ('out_attn',)])
+def test_in_c_an_image_is_convolved_as_by_the_operator(shape, without):
+    if not native.is_available():
+        pytest.skip('native.c could not be compiled here')
+    I, O, kernel, stride, padding, dilation, size, K = shape
+    pair = [value if isinstance(value, tuple) else (value, value) for value in (kernel, stride, padding, dilation)]
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, I, *size), torch.randn(K * O, I, *pair[0])
+    tensors = dict(in_attn=torch.rand(1, I), out_attn=torch.rand(1, O), shift=torch.randn(O))
+    tensors.update(dict.fromkeys(without))
+    kernel_attn, in_attn, out_attn, shift = torch.rand(1, K), *tensors.values()
+    y = native.forward(
+        x, native.blocked(weight, K), pair[0], kernel_attn, in_attn, out_attn, shift, *pair[1:])
+    expected = dynamic_conv2d(*(
+        t if t is None else t.double() for t in (x, weight, kernel_attn, in_attn, out_attn)), None, None, *pair[1:])
+    if shift is not None:
+        expected += shift[:, None, None]
+    assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
+    assert ((y - expected).abs().max() / expected.abs().max()).item() < 1e-6
+
+
+def test_without_a_compiler_it_works_all_the_same(monkeypatch, tmp_path, caplog):
+    caplog.set_level('INFO')
+    monkeypatch.setenv('CC', str(tmp_path / 'no_compiler'))
+    monkeypatch.setattr(native, '_library', native._library.__wrapped__)
+    monkeypatch.setattr(native, 'is_available', native.is_available.__wrapped__)
+    model = make_model()
+    assert_same(prepare_for_inference(model), model, make_images(1))
+    assert 'without native.c, which could not be compiled: ' in caplog.text
 
 
 def test_temperatures_of_a_prepared_network_cannot_be_set():
