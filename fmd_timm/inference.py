@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """A network that computes the same in evaluation mode, faster; it can't be trained any more.
+    """A network that computes the same in evaluation mode, faster; it can't be trained or set to other temperatures.
 
     Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
     dynamic convolutions whose images are small beside their kernels keep those in another layout too, from their first
