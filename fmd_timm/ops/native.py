@@ -93,7 +93,7 @@ def is_available() -> bool:
 def _library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody is at home
         _logger.info(f'single images are convolved without {SOURCE.name}, which could not be compiled: {error}')
         return None
 
