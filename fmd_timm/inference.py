@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import DynamicConv2d
-from .layers.attention import norm_as_affine
+from .layers.attention import FoldedAttention, norm_as_affine
 from .ops import cpu, dynamic_conv2d, native, prepared
 
 __all__ = ['prepare_for_inference']
@@ -79,14 +79,16 @@ class PreparedConv2d(nn.Module):
         self._forget_banks()
 
     def forward(self, x: Tensor) -> Tensor:
-        attention = self.attention(x)
+        is_plain = _is_plain(x, self.weight)
+        is_native = is_plain and self._is_native(x)
+        attention = self.attention.of_image(x) if is_native else self.attention(x)
         if self.tf_same_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         conv_args = self.stride, self.padding, self.dilation
-        if not _is_plain(x, self.weight):
+        if not is_plain:
             y = dynamic_conv2d(x, self.weight, *attention, self.bias, *conv_args, self.groups)
             return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
-        if self._is_native(x, *attention):
+        if is_native and self._is_convolved_natively(x, *attention):
             if self._blocked is None:
                 self._blocked = native.blocked(self.weight, self.num_kernels)
             return native.forward(x, self._blocked, self.kernel_size, *attention[:3], self.shift, *conv_args)
@@ -98,13 +100,17 @@ class PreparedConv2d(nn.Module):
         y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args, self.groups)
         return y if self.shift is None else y.add_(self.shift[:, None, None])
 
-    def _is_native(self, x: Tensor, kernel_attn, in_attn, out_attn, tap_attn) -> bool:
-        """Whether it is fastest in C: timed as the rules in `ops/cpu.py`, which serve the other cases."""
+    def _is_native(self, x: Tensor) -> bool:
+        """Whether the attention is computed in C."""
         return (
-            len(x) == 1 and self._out_pixels(x) < 1000 and self.groups == 1 and self.bias is None
-            and kernel_attn is not None and tap_attn is None and native.takes(self.weight, self.num_kernels)
-            and native.is_available()
+            len(x) == 1 and self.num_kernels > 1 and isinstance(self.attention, FoldedAttention)
+            and native.takes(self.weight, self.num_kernels) and native.is_available()
         )
+
+    def _is_convolved_natively(self, x: Tensor, kernel_attn, in_attn, out_attn, tap_attn) -> bool:
+        """Whether the convolution is fastest in C too: timed as the rules in `ops/cpu.py`, which serve other cases."""
+        is_dense = self.kernel_size == (1, 1) and x.numel() >= 500_000
+        return self.groups == 1 and self.bias is None and tap_attn is None and not is_dense
 
     def _is_product(self, x: Tensor) -> bool:
         """The same for matrix products with transposed kernels."""
