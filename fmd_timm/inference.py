@@ -80,18 +80,20 @@ class PreparedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         is_plain = _is_plain(x, self.weight)
-        is_native = is_plain and self._is_native(x)
-        attention = self.attention.of_image(x) if is_native else self.attention(x)
+        if is_plain and len(x) == 1 and (self._native is not None or self._has_native()):
+            if self._native is None:
+                self._native = self._as_native()
+            if self._is_native(x):
+                return self._native(x)
+            attention = self._native.attend(x)
+        else:
+            attention = self.attention(x)
         if self.tf_same_padding:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         conv_args = self.stride, self.padding, self.dilation
         if not is_plain:
             y = dynamic_conv2d(x, self.weight, *attention, self.bias, *conv_args, self.groups)
             return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
-        if is_native and self._is_convolved_natively(x, *attention):
-            if self._blocked is None:
-                self._blocked = native.blocked(self.weight, self.num_kernels)
-            return native.forward(x, self._blocked, self.kernel_size, *attention[:3], self.shift, *conv_args)
         if self._is_product(x):
             if self._transposed is None:
                 self._transposed = prepared.transposed(self.weight, self.num_kernels)
@@ -100,17 +102,27 @@ class PreparedConv2d(nn.Module):
         y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args, self.groups)
         return y if self.shift is None else y.add_(self.shift[:, None, None])
 
-    def _is_native(self, x: Tensor) -> bool:
-        """Whether the attention is computed in C."""
+    def _has_native(self) -> bool:
+        """Whether the attention at least can be computed in C."""
         return (
-            len(x) == 1 and self.num_kernels > 1 and isinstance(self.attention, FoldedAttention)
-            and native.takes(self.weight, self.num_kernels) and native.is_available()
+            isinstance(self.attention, FoldedAttention) and native.takes(self.weight, self.num_kernels)
+            and native.is_available()
         )
 
-    def _is_convolved_natively(self, x: Tensor, kernel_attn, in_attn, out_attn, tap_attn) -> bool:
+    def _as_native(self) -> native.Layer:
+        attention = self.attention
+        maps = [None if weight is None else (weight, bias) for weight, bias in (
+            (attention.squeeze_weight, attention.squeeze_bias), (attention.gates_weight, attention.gates_bias),
+            (attention.kernel_weight, attention.kernel_bias))]
+        has_taps = attention.gate_sizes[2] > 0
+        is_convolved = self.groups == 1 and self.bias is None and not has_taps and not self.tf_same_padding
+        return native.Layer(
+            *maps, attention.competes, attention.gate_sizes, self.groups * self.weight.shape[1],
+            self.weight if is_convolved else None, self.shift, self.stride, self.padding, self.dilation)
+
+    def _is_native(self, x: Tensor) -> bool:
         """Whether the convolution is fastest in C too: timed as the rules in `ops/cpu.py`, which serve other cases."""
-        is_dense = self.kernel_size == (1, 1) and x.numel() >= 500_000
-        return self.groups == 1 and self.bias is None and tap_attn is None and not is_dense
+        return self._native.convolves and (self.kernel_size != (1, 1) or x.numel() < 500_000)
 
     def _is_product(self, x: Tensor) -> bool:
         """The same for matrix products with transposed kernels."""
@@ -123,10 +135,10 @@ class PreparedConv2d(nn.Module):
         return x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
 
     def _forget_banks(self) -> None:
-        self._transposed = self._blocked = None  # the kernels laid out anew, made when they are needed
+        self._transposed = self._native = None  # the kernels laid out anew, made when they are needed
 
     def __getstate__(self) -> dict:
-        return dict(self.__dict__, _transposed=None, _blocked=None)
+        return dict(self.__dict__, _transposed=None, _native=None)
 
     def _apply(self, fn, recurse: bool = True):
         self._forget_banks()  # the weights may change, as below

@@ -15,7 +15,6 @@ from fmd_timm import (
     DynamicConv2d,
     FMDConv2d,
     ODConv2d,
-    dynamic_conv2d,
     make_dynamic,
     prepare_for_inference,
     set_temperature,
@@ -60,7 +59,7 @@ def way(request, monkeypatch):
     if request.param == 'native':
         if not native.is_available():
             pytest.skip('native.c could not be compiled here')
-        monkeypatch.setattr(PreparedConv2d, '_out_pixels', lambda self, x: 1)
+        monkeypatch.setattr(PreparedConv2d, '_is_native', lambda self, x: self._native.convolves)
     elif request.param != 'rules':
         monkeypatch.setattr(native, 'is_available', lambda: False)
     if request.param == 'products':
@@ -93,27 +92,32 @@ def test_biases_and_temperatures_are_kept(conv_bias, way):
     (32, 64, 3, 1, 1, 1, (7, 7), 4),
     (48, 32, 3, 2, 1, 1, (9, 6), 3),
     (16, 96, 5, 1, 4, 2, (5, 8), 8),
-    (64, 32, (1, 3), (2, 1), (0, 1), 1, (4, 11), 1),
+    (160, 32, (1, 3), (2, 1), (0, 1), 1, (4, 11), 2),
+    (32, 32, 3, (1, 3), 1, (1, 2), (6, 40), 2),
+    (16, 32, 7, 2, 3, 1, (150, 145), 2),  # more than the L2 cache gets at once
 ])
-@pytest.mark.parametrize('without', [(), ('in_attn', 'shift'), ('out_attn',)])
-def test_in_c_an_image_is_convolved_as_by_the_operator(shape, without):
+@pytest.mark.parametrize('layer', METHODS)
+@pytest.mark.parametrize('threads', [1, 3])
+def test_in_c_a_layer_computes_the_same(shape, layer, threads):
     if not native.is_available():
         pytest.skip('native.c could not be compiled here')
     I, O, kernel, stride, padding, dilation, size, K = shape
-    pair = [value if isinstance(value, tuple) else (value, value) for value in (kernel, stride, padding, dilation)]
     torch.manual_seed(0)
-    x, weight = torch.randn(1, I, *size), torch.randn(K * O, I, *pair[0])
-    tensors = dict(in_attn=torch.rand(1, I), out_attn=torch.rand(1, O), shift=torch.randn(O))
-    tensors.update(dict.fromkeys(without))
-    kernel_attn, in_attn, out_attn, shift = torch.rand(1, K), *tensors.values()
-    y = native.forward(
-        x, native.blocked(weight, K), pair[0], kernel_attn, in_attn, out_attn, shift, *pair[1:])
-    expected = dynamic_conv2d(*(
-        t if t is None else t.double() for t in (x, weight, kernel_attn, in_attn, out_attn)), None, None, *pair[1:])
-    if shift is not None:
-        expected += shift[:, None, None]
-    assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
-    assert ((y - expected).abs().max() / expected.abs().max()).item() < 1e-6
+    conv = layer(I, O, kernel, stride, padding, dilation, bias=False, num_kernels=K)
+    net = randomize(nn.Sequential(conv, nn.BatchNorm2d(O)))
+    x = torch.randn(1, I, *size)
+    expected = copy.deepcopy(net).double()(x.double())
+    prepared, threads_before = PreparedConv2d(*net), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            y = prepared(x)
+    finally:
+        torch.set_num_threads(threads_before)
+    assert prepared._native is not None and prepared._native.convolves == (layer is not ODConv2d or kernel == 1)
+    assert y.shape == expected.shape
+    assert y.is_contiguous(memory_format=torch.channels_last) or not prepared._native.convolves
+    assert ((y - expected).abs().max() / expected.abs().max()).item() < 2e-6
 
 
 def test_without_a_compiler_it_works_all_the_same(monkeypatch, tmp_path, caplog):

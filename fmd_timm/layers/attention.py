@@ -15,8 +15,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import native
-
 __all__ = [
     'CondConvAttention', 'DyConvAttention', 'DynamicAttention', 'FMDAttention', 'ODConvAttention', 'set_temperature',
 ]
@@ -396,7 +394,7 @@ class FoldedAttention(nn.Module):
             competes: bool = True,
     ):
         super().__init__()
-        self.gate_sizes, self.hidden_sizes, self.competes = gate_sizes, hidden_sizes, competes
+        self.gate_sizes, self.hidden_sizes, self.competes = gate_sizes or [0, 0, 0], hidden_sizes, competes
         for name, linear_map in ('squeeze', squeeze), ('gates', gates), ('kernel', kernel):
             weight, bias = (None, None) if linear_map is None else linear_map
             self.register_parameter(f'{name}_weight', None if weight is None else nn.Parameter(weight))
@@ -415,20 +413,9 @@ class FoldedAttention(nn.Module):
             kernel_attn = logits.softmax(1) if self.competes else logits.sigmoid_()
         if self.gates_weight is not None:
             logits = _at_least_float32(F.linear(of_gates, self.gates_weight, self.gates_bias))
-            gates = self._split(logits.sigmoid_())
+            gates = logits.sigmoid_().split(self.gate_sizes, 1)
+            gates = [gate if size else None for gate, size in zip(gates, self.gate_sizes)]
         return kernel_attn, *gates
-
-    def of_image(self, x: Tensor) -> Attention:
-        """The same in C (`fmd_timm.ops.native`), for one float32 image on the CPU and more than one kernel."""
-        squeeze, gates, kernel = (
-            None if weight is None else (weight, bias) for weight, bias in (
-                (self.squeeze_weight, self.squeeze_bias), (self.gates_weight, self.gates_bias),
-                (self.kernel_weight, self.kernel_bias)))
-        kernel_attn, gates = native.attend(x, squeeze, gates, kernel, self.competes)
-        return kernel_attn, *((None, None, None) if gates is None else self._split(gates))
-
-    def _split(self, gates: Tensor) -> list[Tensor | None]:
-        return [gate if size else None for gate, size in zip(gates.split(self.gate_sizes, 1), self.gate_sizes)]
 
 
 def _linear_map(

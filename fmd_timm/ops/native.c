@@ -20,16 +20,27 @@ typedef struct {
 } Linear;
 
 typedef struct {
-    const float *x;  // (H, W, I)
-    Linear squeeze;  // no outputs: the method has none, its maps are of the pooled image
-    Linear gates;    // of the first of the squeezed features
-    Linear kernel;   // of the last of them
-    float *pooled;   // (I)
-    float *squeezed; // (squeeze.outputs)
-    float *gate;     // (gates.outputs), the result
-    float *share;    // (kernel.outputs), the result
-    long height, width, in_channels, competes, threads;
-} Attention;
+    Linear squeeze;       // no outputs: the method has none, its maps are of the pooled image
+    Linear gates;         // of the first of the squeezed features: in_attn, out_attn and others
+    Linear kernel;        // of the last of them
+    long has_softmax, has_in_attn, has_out_attn;
+    const float *bank;    // (O / O_BLOCK, R, K, O_BLOCK), R = taps * I
+    const float *shift;   // (O) or null
+    long in_channels, out_channels, kernels, taps[2], stride[2], padding[2], dilation[2];
+} Layer;
+
+typedef struct {
+    const Layer *layer;
+    const float *x;       // (H, W, I)
+    long height, width, threads;
+    float *share, *gates; // results of the attention
+    float *pooled, *squeezed;
+    const float *in_attn, *out_attn;  // null is 1 everywhere
+    long out_height, out_width;
+    long rows, columns;   // that are read of each channel, of every stride-th column
+    float *padded;        // (rows, I, stride, columns)
+    float *y;             // (out_height, out_width, O)
+} Pass;
 
 static float apply(const Linear *map, const float *x, long output) {
     const float *weight = map->weight + output * map->inputs;
@@ -46,43 +57,45 @@ static float apply(const Linear *map, const float *x, long output) {
 }
 
 // Means over the image of O_BLOCK channels from `channel` on: sums of rows, then of these, which rounds less.
-static void pool(const Attention *a, long channel) {
-    long n = a->in_channels - channel < O_BLOCK ? a->in_channels - channel : O_BLOCK;
+static void pool(const Pass *p, long channel) {
+    long I = p->layer->in_channels, n = I - channel < O_BLOCK ? I - channel : O_BLOCK;
     float sum[O_BLOCK] = {0};
-    for (long row = 0; row < a->height; row++) {
+    for (long row = 0; row < p->height; row++) {
         float of_row[O_BLOCK] = {0};
-        for (long column = 0; column < a->width; column++) {
-            const float *x = a->x + (row * a->width + column) * a->in_channels + channel;
+        for (long column = 0; column < p->width; column++) {
+            const float *x = p->x + (row * p->width + column) * I + channel;
             if (n == O_BLOCK) for (int l = 0; l < O_BLOCK; l++) of_row[l] += x[l];
             else for (int l = 0; l < n; l++) of_row[l] += x[l];
         }
         for (int l = 0; l < n; l++) sum[l] += of_row[l];
     }
-    for (int l = 0; l < n; l++) a->pooled[channel + l] = sum[l] / (a->height * a->width);
+    for (int l = 0; l < n; l++) p->pooled[channel + l] = sum[l] / (p->height * p->width);
 }
 
-void fmd_timm_attend(const Attention *a) {
-    const float *features = a->squeeze.outputs ? a->squeezed : a->pooled;
-    long count = a->squeeze.outputs ? a->squeeze.outputs : a->in_channels;
-    #pragma omp parallel num_threads(a->threads)
+static void attend(const Pass *p) {
+    const Layer *layer = p->layer;
+    const float *features = layer->squeeze.outputs ? p->squeezed : p->pooled;
+    long count = layer->squeeze.outputs ? layer->squeeze.outputs : layer->in_channels, K = layer->kernels;
+    #pragma omp parallel num_threads(p->threads)
     {
         #pragma omp for schedule(static)
-        for (long channel = 0; channel < a->in_channels; channel += O_BLOCK) pool(a, channel);
+        for (long channel = 0; channel < layer->in_channels; channel += O_BLOCK) pool(p, channel);
         #pragma omp for schedule(static)
-        for (long o = 0; o < a->squeeze.outputs; o++) a->squeezed[o] = fmaxf(apply(&a->squeeze, a->pooled, o), 0);
+        for (long o = 0; o < layer->squeeze.outputs; o++)
+            p->squeezed[o] = fmaxf(apply(&layer->squeeze, p->pooled, o), 0);
         #pragma omp for schedule(static) nowait
-        for (long o = 0; o < a->gates.outputs; o++) a->gate[o] = 1 / (1 + expf(-apply(&a->gates, features, o)));
+        for (long o = 0; o < layer->gates.outputs; o++)
+            p->gates[o] = 1 / (1 + expf(-apply(&layer->gates, features, o)));
         #pragma omp single
         {
-            const float *last = features + count - a->kernel.inputs;
             float highest = -INFINITY, sum = 0;
-            for (long k = 0; k < a->kernel.outputs; k++) {
-                a->share[k] = apply(&a->kernel, last, k);
-                highest = fmaxf(highest, a->share[k]);
+            for (long k = 0; k < K; k++) {
+                p->share[k] = apply(&layer->kernel, features + count - layer->kernel.inputs, k);
+                highest = fmaxf(highest, p->share[k]);
             }
-            for (long k = 0; k < a->kernel.outputs; k++)
-                sum += a->share[k] = a->competes ? expf(a->share[k] - highest) : 1 / (1 + expf(-a->share[k]));
-            for (long k = 0; k < a->kernel.outputs && a->competes; k++) a->share[k] /= sum;
+            for (long k = 0; k < K; k++)
+                sum += p->share[k] = layer->has_softmax ? expf(p->share[k] - highest) : 1 / (1 + expf(-p->share[k]));
+            for (long k = 0; k < K && layer->has_softmax; k++) p->share[k] /= sum;
         }
     }
 }
@@ -90,39 +103,28 @@ void fmd_timm_attend(const Attention *a) {
 // The convolution: for each tap, the image's pixels times the tap's mixed kernel (I, O), in panels of R_PANEL rows and
 // O_BLOCK output channels. A panel is mixed into the L1 cache and multiplied with all pixels; meanwhile the K panels
 // that come next are fetched.
-typedef struct {
-    const float *x;       // (H, W, I)
-    const float *bank;    // (O / O_BLOCK, R, K, O_BLOCK), R = taps * I
-    const float *share;   // (K)
-    const float *in;      // (I) or null
-    const float *out;     // (O) or null
-    const float *shift;   // (O) or null
-    float *padded;        // room for the rows that are read: (rows, I, stride, columns)
-    float *y;             // (P, O)
-    long height, width, in_channels, out_channels, kernels, taps[2], stride[2], padding[2], dilation[2], out_size[2];
-    long rows, columns, threads;
-} Conv;
 
 // A row of the image with its padding, the channels outside and every stride-th column together, so that the pixels
 // that meet one weight lie side by side.
-static void pad(const Conv *c, long row) {
-    long I = c->in_channels, stride = c->stride[1], from_row = row - c->padding[0];
-    float *to = c->padded + row * I * stride * c->columns;
+static void pad(const Pass *p, long row) {
+    const Layer *layer = p->layer;
+    long I = layer->in_channels, stride = layer->stride[1], from_row = row - layer->padding[0];
+    float *to = p->padded + row * I * stride * p->columns;
     for (long phase = 0; phase < stride; phase++)
-        for (long first = 0; first < c->columns; first += WIDTH) {
-            long n = c->columns - first < WIDTH ? c->columns - first : WIDTH;
+        for (long first = 0; first < p->columns; first += WIDTH) {
+            long n = p->columns - first < WIDTH ? p->columns - first : WIDTH;
             for (long channel = 0; channel < I; channel += WIDTH) {
                 float square[WIDTH][WIDTH] __attribute__((aligned(LINE)));
                 for (long m = 0; m < n; m++) {
-                    long column = (first + m) * stride + phase - c->padding[1];
+                    long column = (first + m) * stride + phase - layer->padding[1];
                     vec values = {0};
-                    if (from_row >= 0 && from_row < c->height && column >= 0 && column < c->width)
-                        values = *(const vec *)(c->x + (from_row * c->width + column) * I + channel);
+                    if (from_row >= 0 && from_row < p->height && column >= 0 && column < p->width)
+                        values = *(const vec *)(p->x + (from_row * p->width + column) * I + channel);
                     *(vec *)square[m] = values;
                 }
                 for (int l = 0; l < WIDTH; l++)
                     for (long m = 0; m < n; m++)
-                        to[((channel + l) * stride + phase) * c->columns + first + m] = square[m][l];
+                        to[((channel + l) * stride + phase) * p->columns + first + m] = square[m][l];
             }
         }
 }
@@ -134,14 +136,14 @@ static inline void fetch(const char *next, long step, long lines) {
 
 // n rows of O_BLOCK channels, mixed from (n, K, O_BLOCK), times the gates of the rows.
 static void mix(
-        const float *bank, const float *share, const float *in, long kernels, long n, float *panel,
+        const float *bank, const float *share, const float *in_attn, long kernels, long n, float *panel,
         const char *next, long lines) {
     for (long r = 0; r < n; r++) {
         fetch(next, r, lines);
         for (long o = 0; o < O_BLOCK; o += WIDTH) {
             vec sum = share[0] * *(const vec *)(bank + r * kernels * O_BLOCK + o);
             for (long k = 1; k < kernels; k++) sum += share[k] * *(const vec *)(bank + (r * kernels + k) * O_BLOCK + o);
-            if (in) sum *= in[r];
+            if (in_attn) sum *= in_attn[r];
             *(vec *)(panel + r * O_BLOCK + o) = sum;
         }
     }
@@ -190,59 +192,93 @@ static Tile *const tiles[] = {
 };
 
 // The output channels o to o + O_BLOCK of the rows.
-static void multiply(const Conv *c, long o, long first_row, long last_row) {
-    long I = c->in_channels, rows = c->taps[0] * c->taps[1] * I, width = c->out_size[1];
-    long step = c->stride[1] * c->columns, parts = (width + COLUMNS - 1) / COLUMNS;
+static void multiply(const Pass *p, long o, long first_row, long last_row) {
+    const Layer *layer = p->layer;
+    long I = layer->in_channels, O = layer->out_channels, K = layer->kernels, width = p->out_width;
+    long R = layer->taps[0] * layer->taps[1] * I;
+    long step = layer->stride[1] * p->columns, parts = (width + COLUMNS - 1) / COLUMNS;
     float panel[R_PANEL * O_BLOCK] __attribute__((aligned(LINE)));
-    for (long start = 0, n; start < rows; start += n) {
+    for (long start = 0, n; start < R; start += n) {
         long channel = start % I, tap = start / I;
         n = I - channel < R_PANEL ? I - channel : R_PANEL;
-        long i = tap / c->taps[1] * c->dilation[0], j = tap % c->taps[1] * c->dilation[1];
-        const float *x = c->padded + (i * I + channel) * step + j % c->stride[1] * c->columns + j / c->stride[1];
-        const float *bank = c->bank + (o * rows + start * O_BLOCK) * c->kernels;
+        long i = tap / layer->taps[1] * layer->dilation[0], j = tap % layer->taps[1] * layer->dilation[1];
+        const float *x = p->padded + (i * I + channel) * step
+            + j % layer->stride[1] * p->columns + j / layer->stride[1];
+        const float *bank = layer->bank + (o * R + start * O_BLOCK) * K;
         // The next K panels follow in memory. Reading is slow and must go on all the time: one line in each step of a
         // tile, as far as there are steps, the rest while this panel is mixed.
-        long ahead = n * c->kernels * O_BLOCK * (long)sizeof(float) / LINE, fetched = 0;
+        long ahead = n * K * O_BLOCK * (long)sizeof(float) / LINE, fetched = 0;
         long steps = (last_row - first_row) * parts * (O_BLOCK / (2 * WIDTH)) * n;
         long at_once = ahead > steps ? ahead / steps : 1, rest = ahead > steps ? (ahead % steps + n - 1) / n : 0;
-        const char *next = (const char *)(bank + n * c->kernels * O_BLOCK);
-        mix(bank, c->share, c->in ? c->in + channel : 0, c->kernels, n, panel, next, rest);
+        const char *next = (const char *)(bank + n * K * O_BLOCK);
+        mix(bank, p->share, p->in_attn ? p->in_attn + channel : 0, K, n, panel, next, rest);
         next += n * rest * LINE;
         ahead -= n * rest;
-        int is_first = !start, is_last = start + n == rows;
+        int is_first = !start, is_last = start + n == R;
         for (long to = o; to < o + O_BLOCK; to += 2 * WIDTH)
             for (long row = first_row; row < last_row; row++)
                 for (long part = 0; part < parts; part++) {
                     long column = part * width / parts, count = (part + 1) * width / parts - column;
                     long lines = fetched < ahead ? at_once : 0;
                     tiles[count](
-                        x + row * c->stride[0] * I * step + column, step, panel + to - o, n,
-                        c->y + (row * width + column) * c->out_channels + to, c->out_channels, is_first,
-                        is_last && c->out ? c->out + to : 0, is_last && c->shift ? c->shift + to : 0,
+                        x + row * layer->stride[0] * I * step + column, step, panel + to - o, n,
+                        p->y + (row * width + column) * O + to, O, is_first,
+                        is_last && p->out_attn ? p->out_attn + to : 0, is_last && layer->shift ? layer->shift + to : 0,
                         next + fetched * LINE, lines);
                     fetched += lines * n;
                 }
     }
 }
 
-void fmd_timm_convolve(const Conv *c) {
+static void convolve(const Pass *p) {
     // Work is shared out in blocks of channels, and in chunks of rows that stay in the L2 cache and give each thread a
     // part of the image, unless reading the kernels once more for each chunk would take longer.
-    long blocks = c->out_channels / O_BLOCK, chunks = (c->threads + blocks - 1) / blocks;
-    long image = c->rows * c->in_channels * c->stride[1] * c->columns;
-    if (c->taps[0] * c->taps[1] * c->in_channels * c->out_channels * c->kernels < 8 * image) {
+    const Layer *layer = p->layer;
+    long height = p->out_height, blocks = layer->out_channels / O_BLOCK, chunks = (p->threads + blocks - 1) / blocks;
+    long image = p->rows * layer->in_channels * layer->stride[1] * p->columns;
+    if (layer->taps[0] * layer->taps[1] * layer->in_channels * layer->out_channels * layer->kernels < 8 * image) {
         long for_cache = image * (long)sizeof(float) / CHUNK + 1;
-        chunks = for_cache > c->threads ? for_cache : c->threads;
+        chunks = for_cache > p->threads ? for_cache : p->threads;
     }
-    if (chunks > c->out_size[0]) chunks = c->out_size[0];
-    #pragma omp parallel num_threads(c->threads)
+    if (chunks > height) chunks = height;
+    #pragma omp parallel num_threads(p->threads)
     {
         #pragma omp for schedule(static)
-        for (long row = 0; row < c->rows; row++) pad(c, row);
+        for (long row = 0; row < p->rows; row++) pad(p, row);
         #pragma omp for schedule(static)
         for (long piece = 0; piece < blocks * chunks; piece++) {
             long chunk = piece / blocks;
-            multiply(c, piece % blocks * O_BLOCK, c->out_size[0] * chunk / chunks, c->out_size[0] * (chunk + 1) / chunks);
+            multiply(p, piece % blocks * O_BLOCK, height * chunk / chunks, height * (chunk + 1) / chunks);
         }
     }
+}
+
+static Pass pass(const Layer *layer, const float *x, long height, long width, float *memory, long threads) {
+    Pass p = {.layer = layer, .x = x, .height = height, .width = width, .threads = threads};
+    p.share = memory;
+    p.gates = p.share + layer->kernels;
+    p.pooled = p.gates + layer->gates.outputs;
+    p.squeezed = p.pooled + layer->in_channels;
+    p.padded = p.squeezed + layer->squeeze.outputs;
+    return p;
+}
+
+// Into `memory`: the shares of the kernels, then the gates. It has room for the pooled and the squeezed features too.
+void fmd_timm_attend(const Layer *layer, const float *x, long height, long width, float *memory, long threads) {
+    Pass p = pass(layer, x, height, width, memory, threads);
+    attend(&p);
+}
+
+// Into y. `memory` has room for the above and the padded image.
+void fmd_timm_forward(
+        const Layer *layer, const float *x, long height, long width, float *memory, long threads,
+        float *y, long out_height, long out_width) {
+    Pass p = pass(layer, x, height, width, memory, threads);
+    p.in_attn = layer->has_in_attn ? p.gates : 0;
+    p.out_attn = layer->has_out_attn ? p.gates + (layer->has_in_attn ? layer->in_channels : 0) : 0;
+    p.y = y, p.out_height = out_height, p.out_width = out_width;
+    p.rows = (out_height - 1) * layer->stride[0] + (layer->taps[0] - 1) * layer->dilation[0] + 1;
+    p.columns = out_width + (layer->taps[1] - 1) * layer->dilation[1] / layer->stride[1];
+    attend(&p);
+    convolve(&p);
 }

@@ -16,14 +16,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['attend', 'blocked', 'forward', 'is_available', 'takes']
+__all__ = ['Layer', 'is_available', 'takes']
 
 _logger = logging.getLogger(__name__)
 
@@ -40,89 +40,102 @@ class _Linear(ctypes.Structure):
         ('weight', ctypes.c_void_p), ('bias', ctypes.c_void_p), ('outputs', ctypes.c_long), ('inputs', ctypes.c_long)]
 
 
-class _Attention(ctypes.Structure):
+class _Layer(ctypes.Structure):
     _fields_ = [
-        ('x', ctypes.c_void_p),
         *((name, _Linear) for name in ('squeeze', 'gates', 'kernel')),
-        *((name, ctypes.c_void_p) for name in ('pooled', 'squeezed', 'gate', 'share')),
-        *((name, ctypes.c_long) for name in ('height', 'width', 'in_channels', 'competes', 'threads')),
-    ]
-
-
-class _Conv(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            'x', 'bank', 'share', 'in_attn', 'out_attn', 'shift', 'padded', 'y')),
-        *((name, ctypes.c_long) for name in ('height', 'width', 'in_channels', 'out_channels', 'kernels')),
-        *((name, _Pair) for name in ('taps', 'stride', 'padding', 'dilation', 'out_size')),
-        *((name, ctypes.c_long) for name in ('rows', 'columns', 'threads')),
+        *((name, ctypes.c_long) for name in ('has_softmax', 'has_in_attn', 'has_out_attn')),
+        *((name, ctypes.c_void_p) for name in ('bank', 'shift')),
+        *((name, ctypes.c_long) for name in ('in_channels', 'out_channels', 'kernels')),
+        *((name, _Pair) for name in ('taps', 'stride', 'padding', 'dilation')),
     ]
 
 
 def takes(weight: Tensor, num_kernels: int) -> bool:
-    """Whether kernels (K * O, I, kh, kw) are of a form that `forward` takes."""
+    """Whether kernels (K * O, I, kh, kw) are of a form that `Layer` takes."""
     return (
-        weight.dtype == torch.float32 and weight.device.type == 'cpu' and weight.shape[1] % WIDTH == 0
-        and weight.shape[0] // num_kernels % O_BLOCK == 0
+        num_kernels > 1 and weight.dtype == torch.float32 and weight.device.type == 'cpu'
+        and weight.shape[1] % WIDTH == 0 and weight.shape[0] // num_kernels % O_BLOCK == 0
     )
 
 
-def blocked(weight: Tensor, num_kernels: int) -> Tensor:
+class Layer:
+    """A dynamic convolution of float32 images (1, I, H, W) with groups = 1 and more than one kernel.
+
+    Weights (out, in) and biases of the linear maps are those of `fmd_timm.layers.attention.FoldedAttention`, as are the
+    arguments from `competes` on. All tensors are float32 and must not be changed.
+
+    Args:
+        squeeze: Weight and bias, or None.
+        gates: Weight and bias of the map of the first of the squeezed features, as far as the weight goes, or None.
+        kernel: Weight and bias of the map of the last of them.
+        competes: Whether there is a softmax over the kernels.
+        gate_sizes: How many of the gates are in_attn, out_attn and tap_attn.
+        in_channels: I.
+        weight: The kernels (K * O, I, kh, kw), which are copied to be read faster; None for the attention alone.
+        shift: Added in the end (O,), or None.
+    """
+
+    def __init__(
+            self, squeeze, gates, kernel, competes: bool, gate_sizes: list[int],
+            in_channels: int, weight: Tensor | None, shift: Tensor | None, stride, padding, dilation,
+    ):
+        maps = [_Linear() if pair is None else _Linear(*(t.data_ptr() for t in pair), *pair[0].shape)
+                for pair in (squeeze, gates, kernel)]
+        self.num_kernels, self.gate_sizes = len(kernel[1]), gate_sizes
+        self.kernel_size, self.stride, self.padding, self.dilation = (1, 1), stride, padding, dilation
+        self.convolves = weight is not None
+        bank, self.out_channels = None, 0
+        if weight is not None:
+            self.kernel_size, self.out_channels = tuple(weight.shape[2:]), len(weight) // self.num_kernels
+            bank = _blocked(weight, self.num_kernels)
+        self.features = self.num_kernels + maps[1].outputs + in_channels + maps[0].outputs
+        self.layer = _Layer(
+            *maps, competes, gate_sizes[0] > 0, gate_sizes[1] > 0,
+            *(None if t is None else t.data_ptr() for t in (bank, shift)),
+            in_channels, self.out_channels, self.num_kernels,
+            *(_Pair(*pair) for pair in (self.kernel_size, stride, padding, dilation)))
+        self.tensors = squeeze, gates, kernel, bank, shift  # as long as `layer` points into them
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """kernel_attn, in_attn, out_attn and tap_attn of `fmd_timm.ops.dynamic_conv2d`"""
+        x = x.contiguous(memory_format=torch.channels_last)
+        memory = x.new_empty(1, self.features)
+        _library().fmd_timm_attend(
+            ctypes.byref(self.layer), x.data_ptr(), *x.shape[2:], memory.data_ptr(), torch.get_num_threads())
+        kernel_attn, *gates, _ = memory.split(
+            [self.num_kernels, *self.gate_sizes, self.features - self.num_kernels - sum(self.gate_sizes)], 1)
+        return kernel_attn, *(gate if size else None for gate, size in zip(gates, self.gate_sizes))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result of attention and convolution (1, O, H', W'), channels_last."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        _, I, H, W = x.shape
+        height, width, padded = _sizes(H, W, self.kernel_size, self.stride, self.padding, self.dilation)
+        y = x.new_empty(1, height, width, self.out_channels)
+        memory = x.new_empty(self.features + I * padded)
+        _library().fmd_timm_forward(
+            ctypes.byref(self.layer), x.data_ptr(), H, W, memory.data_ptr(), torch.get_num_threads(),
+            y.data_ptr(), height, width)
+        return y.permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=1024)
+def _sizes(H, W, kernel_size, stride, padding, dilation) -> tuple[int, int, int]:
+    """Height and width of the result; pixels of the padded image, as native.c arranges them."""
+    height, width = (
+        (size + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+        for i, size in enumerate((H, W)))
+    rows = (height - 1) * stride[0] + (kernel_size[0] - 1) * dilation[0] + 1
+    return height, width, rows * stride[1] * (width + (kernel_size[1] - 1) * dilation[1] // stride[1])
+
+
+def _blocked(weight: Tensor, num_kernels: int) -> Tensor:
     """The K kernels (K * O, I, kh, kw) as they are read, a bank (O / O_BLOCK, R, K, O_BLOCK)"""
     rows = weight.permute(0, 2, 3, 1).reshape(num_kernels, -1, O_BLOCK, weight[0].numel()).permute(1, 3, 0, 2)
-    # A kernel of 9 MB in pages of 4 KB takes a third longer to read.
     memory = mmap.mmap(-1, weight.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # kernels of Linux without huge pages
+    with contextlib.suppress(OSError):  # a Linux without huge pages, of which one thread reads a quarter more a second
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=weight.dtype).view(rows.shape).copy_(rows)
-
-
-def attend(
-        x: Tensor,
-        squeeze: tuple[Tensor, Tensor] | None,
-        gates: tuple[Tensor, Tensor] | None,
-        kernel: tuple[Tensor, Tensor],
-        competes: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Shares of the kernels (1, K) and gates (1, G) for one image (1, I, H, W), all float32.
-
-    Weights (out, in) and biases are those of `FoldedAttention`. `gates` are of the first of the squeezed features as
-    far as their weight goes, `kernel` of the last; both are of the pooled image where there is no squeeze.
-    """
-    x = x.contiguous(memory_format=torch.channels_last)
-    _, I, H, W = x.shape
-    maps = [_Linear() if pair is None else _Linear(*(t.data_ptr() for t in pair), *pair[0].shape)
-            for pair in (squeeze, gates, kernel)]
-    pooled, squeezed, gate, share = x.new_empty(1, I + sum(m.outputs for m in maps)).split(
-        [I, *(m.outputs for m in maps)], 1)
-    _library().fmd_timm_attend(ctypes.byref(_Attention(
-        x.data_ptr(), *maps, *(t.data_ptr() for t in (pooled, squeezed, gate, share)), H, W, I, competes,
-        torch.get_num_threads(),
-    )))
-    return share, None if gates is None else gate
-
-
-def forward(x, bank, kernel_size, kernel_attn, in_attn, out_attn, shift, stride, padding, dilation) -> Tensor:
-    """`fmd_timm.ops.dynamic_conv2d` of one image with groups = 1, with a shift (O,) added in the end if there is one.
-
-    `bank` is `blocked(weight, K)`; all are float32. The result is channels_last.
-    """
-    x = x.contiguous(memory_format=torch.channels_last)
-    blocks, R, K, _ = bank.shape
-    (_, I, H, W), O = x.shape, blocks * O_BLOCK
-    height, width = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2))
-    rows = (height - 1) * stride[0] + (kernel_size[0] - 1) * dilation[0] + 1
-    columns = width + (kernel_size[1] - 1) * dilation[1] // stride[1]
-    y = x.new_empty(1, height, width, O)
-    padded = x.new_empty(rows * I * stride[1] * columns)
-    tensors = x, bank, kernel_attn, in_attn, out_attn, shift, padded, y
-    _library().fmd_timm_convolve(ctypes.byref(_Conv(
-        *(None if t is None else t.data_ptr() for t in tensors), H, W, I, O, K,
-        _Pair(*kernel_size), _Pair(*stride), _Pair(*padding), _Pair(*dilation), _Pair(height, width),
-        rows, columns, torch.get_num_threads(),
-    )))
-    return y.permute(0, 3, 1, 2)
 
 
 @cache
@@ -132,18 +145,24 @@ def is_available() -> bool:
         return False
     x = torch.arange(32 * 25.).reshape(1, 32, 5, 5).sin()
     weight = torch.arange(64 * 32 * 9.).reshape(64, 32, 3, 3).cos()
-    share = torch.tensor([[0.3, 0.7]])
-    y = forward(x, blocked(weight, 2), (3, 3), share, None, None, None, (1, 1), (1, 1), (1, 1))
-    return torch.allclose(y, F.conv2d(x, 0.3 * weight[:32] + 0.7 * weight[32:], padding=1), rtol=1e-4, atol=1e-4)
+    kernel = torch.arange(64.).reshape(2, 32).cos(), torch.tensor([0.3, 0.7])
+    layer = Layer(None, None, kernel, True, [0, 0, 0], 32, weight, None, (1, 1), (1, 1), (1, 1))
+    share = F.linear(x.mean((2, 3)), *kernel).softmax(1)[0]
+    return torch.allclose(layer(x), F.conv2d(x, share[0] * weight[:32] + share[1] * weight[32:], padding=1), atol=1e-4)
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_compiled()))
+        library = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody is at home
         _logger.info(f'single images are convolved without {SOURCE.name}, which could not be compiled: {error}')
         return None
+    of_image = ctypes.POINTER(_Layer), ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_long
+    library.fmd_timm_attend.argtypes = of_image
+    library.fmd_timm_forward.argtypes = *of_image, ctypes.c_void_p, ctypes.c_long, ctypes.c_long
+    library.fmd_timm_attend.restype = library.fmd_timm_forward.restype = None
+    return library
 
 
 def _compiled() -> Path:
