@@ -122,7 +122,9 @@ class PreparedConv2d(nn.Module):
 
     def _is_native(self, x: Tensor) -> bool:
         """Whether the convolution is fastest in C too: timed as the rules in `ops/cpu.py`, which serve other cases."""
-        return self._native.convolves and (self.kernel_size != (1, 1) or x.numel() < 500_000)
+        if self.kernel_size == (1, 1):
+            return self._native.convolves and x.numel() < 500_000
+        return self._native.convolves and x[0, 0].numel() > 1  # of which only one tap is more than padding
 
     def _is_product(self, x: Tensor) -> bool:
         """The same for matrix products with transposed kernels."""
