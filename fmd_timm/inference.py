@@ -29,9 +29,9 @@ def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
     """A network that computes the same in evaluation mode, faster; it can't be trained or set to other temperatures.
 
     Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
-    dynamic convolutions whose images are small beside their kernels keep those in another layout too, from their first
-    call, one for single images and one for batches, each as large as the kernels; for single images some C is compiled
-    then (`ops/native.py`). Save the weights before: those of the prepared network have other keys.
+    dynamic convolutions keep their kernels in another layout too, from their first call, one for single images and one
+    for batches (where images are small beside the kernels), each as large as the kernels; for single images some C is
+    compiled then (`ops/native.py`). Save the weights before: those of the prepared network have other keys.
 
     Args:
         model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.
@@ -114,8 +114,7 @@ class PreparedConv2d(nn.Module):
         maps = [None if weight is None else (weight, bias) for weight, bias in (
             (attention.squeeze_weight, attention.squeeze_bias), (attention.gates_weight, attention.gates_bias),
             (attention.kernel_weight, attention.kernel_bias))]
-        has_taps = attention.gate_sizes[2] > 0
-        is_convolved = self.groups == 1 and self.bias is None and not has_taps and not self.tf_same_padding
+        is_convolved = self.groups == 1 and self.bias is None and not self.tf_same_padding
         return native.Layer(
             *maps, attention.competes, attention.gate_sizes, self.groups * self.weight.shape[1],
             self.weight if is_convolved else None, self.shift, self.stride, self.padding, self.dilation)

@@ -114,10 +114,18 @@ def test_in_c_a_layer_computes_the_same(shape, layer, threads):
             y = prepared(x)
     finally:
         torch.set_num_threads(threads_before)
-    assert prepared._native is not None and prepared._native.convolves == (layer is not ODConv2d or kernel == 1)
-    assert y.shape == expected.shape
-    assert y.is_contiguous(memory_format=torch.channels_last) or not prepared._native.convolves
+    assert prepared._native is not None and prepared._native.convolves
+    assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
     assert ((y - expected).abs().max() / expected.abs().max()).item() < 2e-6
+
+
+def test_in_c_a_wrong_number_of_channels_is_refused():
+    if not native.is_available():
+        pytest.skip('native.c could not be compiled here')
+    prepared = PreparedConv2d(FMDConv2d(16, 32, 3, bias=False).eval())
+    prepared(torch.randn(1, 16, 5, 5))
+    with pytest.raises(ValueError, match=r'x must have shape \(1, 16, H, W\), got \(1, 32, 5, 5\)'):
+        prepared(torch.randn(1, 32, 5, 5))
 
 
 def test_without_a_compiler_it_works_all_the_same(monkeypatch, tmp_path, caplog):

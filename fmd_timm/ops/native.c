@@ -1,4 +1,4 @@
-// The attention of one image, and one image convolved with the mixture of K kernels, for inference. `native.py` compiles
+// The attention of one image, and its convolution with the mixture of K kernels, for inference. `native.py` compiles
 // this and says what it is for. Vectors are GCC's and Clang's own, as wide as those of the processor.
 
 #include <math.h>
@@ -21,9 +21,9 @@ typedef struct {
 
 typedef struct {
     Linear squeeze;       // no outputs: the method has none, its maps are of the pooled image
-    Linear gates;         // of the first of the squeezed features: in_attn, out_attn and others
+    Linear gates;         // of the first of the squeezed features: in_attn, out_attn and tap_attn, as far as there are
     Linear kernel;        // of the last of them
-    long has_softmax, has_in_attn, has_out_attn;
+    long has_softmax, has_in_attn, has_out_attn, has_tap_attn;
     const float *bank;    // (O / O_BLOCK, R, K, O_BLOCK), R = taps * I
     const float *shift;   // (O) or null
     long in_channels, out_channels, kernels, taps[2], stride[2], padding[2], dilation[2];
@@ -35,7 +35,7 @@ typedef struct {
     long height, width, threads;
     float *share, *gates; // results of the attention
     float *pooled, *squeezed;
-    const float *in_attn, *out_attn;  // null is 1 everywhere
+    const float *in_attn, *out_attn, *tap_attn;  // null is 1 everywhere
     long out_height, out_width;
     long rows, columns;   // that are read of each channel, of every stride-th column
     float *padded;        // (rows, I, stride, columns)
@@ -81,8 +81,10 @@ static void attend(const Pass *p) {
         #pragma omp for schedule(static)
         for (long channel = 0; channel < layer->in_channels; channel += O_BLOCK) pool(p, channel);
         #pragma omp for schedule(static)
-        for (long o = 0; o < layer->squeeze.outputs; o++)
-            p->squeezed[o] = fmaxf(apply(&layer->squeeze, p->pooled, o), 0);
+        for (long o = 0; o < layer->squeeze.outputs; o++) {
+            float feature = apply(&layer->squeeze, p->pooled, o);
+            p->squeezed[o] = feature < 0 ? 0 : feature;  // NaN stays
+        }
         #pragma omp for schedule(static) nowait
         for (long o = 0; o < layer->gates.outputs; o++)
             p->gates[o] = 1 / (1 + expf(-apply(&layer->gates, features, o)));
@@ -134,17 +136,16 @@ static inline void fetch(const char *next, long step, long lines) {
     for (long l = 0; l < lines; l++) __builtin_prefetch(next + (step * lines + l) * LINE, 0, 2);
 }
 
-// n rows of O_BLOCK channels, mixed from (n, K, O_BLOCK), times the gates of the rows.
+// n rows of O_BLOCK channels, mixed from (n, K, O_BLOCK), times the gates of the rows and of their tap.
 static void mix(
-        const float *bank, const float *share, const float *in_attn, long kernels, long n, float *panel,
+        const float *bank, const float *share, const float *in_attn, float gate, long kernels, long n, float *panel,
         const char *next, long lines) {
     for (long r = 0; r < n; r++) {
         fetch(next, r, lines);
         for (long o = 0; o < O_BLOCK; o += WIDTH) {
             vec sum = share[0] * *(const vec *)(bank + r * kernels * O_BLOCK + o);
             for (long k = 1; k < kernels; k++) sum += share[k] * *(const vec *)(bank + (r * kernels + k) * O_BLOCK + o);
-            if (in_attn) sum *= in_attn[r];
-            *(vec *)(panel + r * O_BLOCK + o) = sum;
+            *(vec *)(panel + r * O_BLOCK + o) = sum * (in_attn ? in_attn[r] * gate : gate);
         }
     }
 }
@@ -211,7 +212,9 @@ static void multiply(const Pass *p, long o, long first_row, long last_row) {
         long steps = (last_row - first_row) * parts * (O_BLOCK / (2 * WIDTH)) * n;
         long at_once = ahead > steps ? ahead / steps : 1, rest = ahead > steps ? (ahead % steps + n - 1) / n : 0;
         const char *next = (const char *)(bank + n * K * O_BLOCK);
-        mix(bank, p->share, p->in_attn ? p->in_attn + channel : 0, K, n, panel, next, rest);
+        mix(
+            bank, p->share, p->in_attn ? p->in_attn + channel : 0, p->tap_attn ? p->tap_attn[tap] : 1, K, n, panel,
+            next, rest);
         next += n * rest * LINE;
         ahead -= n * rest;
         int is_first = !start, is_last = start + n == R;
@@ -274,8 +277,10 @@ void fmd_timm_forward(
         const Layer *layer, const float *x, long height, long width, float *memory, long threads,
         float *y, long out_height, long out_width) {
     Pass p = pass(layer, x, height, width, memory, threads);
-    p.in_attn = layer->has_in_attn ? p.gates : 0;
-    p.out_attn = layer->has_out_attn ? p.gates + (layer->has_in_attn ? layer->in_channels : 0) : 0;
+    const float *gates = p.gates;
+    if (layer->has_in_attn) p.in_attn = gates, gates += layer->in_channels;
+    if (layer->has_out_attn) p.out_attn = gates, gates += layer->out_channels;
+    if (layer->has_tap_attn) p.tap_attn = gates;
     p.y = y, p.out_height = out_height, p.out_width = out_width;
     p.rows = (out_height - 1) * layer->stride[0] + (layer->taps[0] - 1) * layer->dilation[0] + 1;
     p.columns = out_width + (layer->taps[1] - 1) * layer->dilation[1] / layer->stride[1];

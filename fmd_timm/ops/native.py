@@ -43,7 +43,7 @@ class _Linear(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Linear) for name in ('squeeze', 'gates', 'kernel')),
-        *((name, ctypes.c_long) for name in ('has_softmax', 'has_in_attn', 'has_out_attn')),
+        *((name, ctypes.c_long) for name in ('has_softmax', 'has_in_attn', 'has_out_attn', 'has_tap_attn')),
         *((name, ctypes.c_void_p) for name in ('bank', 'shift')),
         *((name, ctypes.c_long) for name in ('in_channels', 'out_channels', 'kernels')),
         *((name, _Pair) for name in ('taps', 'stride', 'padding', 'dilation')),
@@ -59,7 +59,7 @@ def takes(weight: Tensor, num_kernels: int) -> bool:
 
 
 class Layer:
-    """A dynamic convolution of float32 images (1, I, H, W) with groups = 1 and more than one kernel.
+    """Attention and dynamic convolution of float32 images (1, I, H, W), with groups = 1 and more than one kernel.
 
     Weights (out, in) and biases of the linear maps are those of `fmd_timm.layers.attention.FoldedAttention`, as are the
     arguments from `competes` on. All tensors are float32 and must not be changed.
@@ -73,6 +73,10 @@ class Layer:
         in_channels: I.
         weight: The kernels (K * O, I, kh, kw), which are copied to be read faster; None for the attention alone.
         shift: Added in the end (O,), or None.
+        stride: Vertical and horizontal, as are `padding` and `dilation`.
+
+    Raises:
+        ValueError: An image given to it has another number of channels, or is not one.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class Layer:
             bank = _blocked(weight, self.num_kernels)
         self.features = self.num_kernels + maps[1].outputs + in_channels + maps[0].outputs
         self.layer = _Layer(
-            *maps, competes, gate_sizes[0] > 0, gate_sizes[1] > 0,
+            *maps, competes, *(size > 0 for size in gate_sizes),
             *(None if t is None else t.data_ptr() for t in (bank, shift)),
             in_channels, self.out_channels, self.num_kernels,
             *(_Pair(*pair) for pair in (self.kernel_size, stride, padding, dilation)))
@@ -98,7 +102,7 @@ class Layer:
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """kernel_attn, in_attn, out_attn and tap_attn of `fmd_timm.ops.dynamic_conv2d`"""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self._checked(x)
         memory = x.new_empty(1, self.features)
         _library().fmd_timm_attend(
             ctypes.byref(self.layer), x.data_ptr(), *x.shape[2:], memory.data_ptr(), torch.get_num_threads())
@@ -108,7 +112,7 @@ class Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result of attention and convolution (1, O, H', W'), channels_last."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self._checked(x)
         _, I, H, W = x.shape
         height, width, padded = _sizes(H, W, self.kernel_size, self.stride, self.padding, self.dilation)
         y = x.new_empty(1, height, width, self.out_channels)
@@ -117,6 +121,11 @@ class Layer:
             ctypes.byref(self.layer), x.data_ptr(), H, W, memory.data_ptr(), torch.get_num_threads(),
             y.data_ptr(), height, width)
         return y.permute(0, 3, 1, 2)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if x.shape[:2] != (1, self.layer.in_channels):
+            raise ValueError(f'x must have shape (1, {self.layer.in_channels}, H, W), got {tuple(x.shape)}')
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 @lru_cache(maxsize=1024)
@@ -148,7 +157,8 @@ def is_available() -> bool:
     kernel = torch.arange(64.).reshape(2, 32).cos(), torch.tensor([0.3, 0.7])
     layer = Layer(None, None, kernel, True, [0, 0, 0], 32, weight, None, (1, 1), (1, 1), (1, 1))
     share = F.linear(x.mean((2, 3)), *kernel).softmax(1)[0]
-    return torch.allclose(layer(x), F.conv2d(x, share[0] * weight[:32] + share[1] * weight[32:], padding=1), atol=1e-4)
+    expected = F.conv2d(x, share[0] * weight[:32] + share[1] * weight[32:], padding=1)
+    return torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @cache
@@ -172,13 +182,15 @@ def _compiled() -> Path:
         raise OSError('there is no C compiler')
     processor = Path('/proc/cpuinfo').read_text().split('\n\n')[0]
     processor = ''.join(line for line in processor.splitlines() if not line.startswith(('cpu MHz', 'bogomips')))
-    key = hashlib.sha256('\n'.join((SOURCE.read_text(), compiler, *FLAGS, *LIBRARIES, processor)).encode()).hexdigest()[:16]
+    what = '\n'.join((SOURCE.read_text(), compiler, *FLAGS, *LIBRARIES, processor))
+    key = hashlib.sha256(what.encode()).hexdigest()[:16]
     folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'fmd_timm'
     library = folder / f'native-{key}.so'
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             made = Path(unfinished, library.name)
-            subprocess.run([compiler, *FLAGS, SOURCE, '-o', made, *LIBRARIES], check=True, capture_output=True, timeout=120)
+            command = [compiler, *FLAGS, SOURCE, '-o', made, *LIBRARIES]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
             made.rename(library)
     return library
