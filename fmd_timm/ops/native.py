@@ -142,7 +142,7 @@ def _blocked(weight: Tensor, num_kernels: int) -> Tensor:
     """The K kernels (K * O, I, kh, kw) as they are read, a bank (O / O_BLOCK, R, K, O_BLOCK)"""
     rows = weight.permute(0, 2, 3, 1).reshape(num_kernels, -1, O_BLOCK, weight[0].numel()).permute(1, 3, 0, 2)
     memory = mmap.mmap(-1, weight.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a Linux without huge pages, of which one thread reads a quarter more a second
+    with contextlib.suppress(OSError):  # a Linux without huge pages, by which ResNet-18 takes 1 to 2 % longer
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=weight.dtype).view(rows.shape).copy_(rows)
 
