@@ -127,13 +127,10 @@ class PreparedConv2d(nn.Module):
 
     def _is_product(self, x: Tensor) -> bool:
         """The same for matrix products with transposed kernels."""
-        pixels = self._out_pixels(x)
+        pixels = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])  # of the result
         if self.groups > 1 or self.num_kernels == 1 or len(x) >= 32 * pixels:
             return False
         return self.kernel_size == (1, 1) or 9 <= pixels < 400  # in smaller images some taps meet padding alone
-
-    def _out_pixels(self, x: Tensor) -> int:
-        return x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])
 
     def _forget_banks(self) -> None:
         self._transposed = self._native = None  # the kernels laid out anew, made when they are needed
@@ -154,8 +151,8 @@ class PreparedConv2d(nn.Module):
 
 
 def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing but the result is wanted: no gradient, no graph, no other dtype."""
-    return x.dtype == weight.dtype in (torch.float32, torch.float64) and not (
+    """Whether nothing but the result is wanted: no gradient, no graph, no other dtype, no tensor without memory."""
+    return type(x) is Tensor and x.dtype == weight.dtype in (torch.float32, torch.float64) and not (
         torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu'
         or x.shape[0] == 0 or x.requires_grad and torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
     )

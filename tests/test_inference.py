@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
+from torch._subclasses import FakeTensorMode
 
 from fmd_timm import (
     CondConv2d,
@@ -293,6 +294,14 @@ def test_compiled_and_exported(way):
     assert_same(program, model, make_images(2))
     with torch.no_grad():
         assert_same(torch.compile(prepared, fullgraph=True, dynamic=True, backend='aot_eager'), model, make_images(2))
+
+
+def test_tensors_without_memory_go_through_the_operator():
+    prepared = prepare_for_inference(make_model())
+    with torch.no_grad():
+        prepared(make_images(1))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert prepared(mode.from_tensor(make_images(1))).shape == (1, 5)
 
 
 def test_features_of_a_prepared_network():

@@ -102,10 +102,6 @@ static void attend(const Pass *p) {
     }
 }
 
-// The convolution: for each tap, the image's pixels times the tap's mixed kernel (I, O), in panels of R_PANEL rows and
-// O_BLOCK output channels. A panel is mixed into the L1 cache and multiplied with all pixels; meanwhile the K panels
-// that come next are fetched.
-
 // A row of the image with its padding, the channels outside and every stride-th column together, so that the pixels
 // that meet one weight lie side by side.
 static void pad(const Pass *p, long row) {
@@ -192,7 +188,9 @@ static Tile *const tiles[] = {
 #endif
 };
 
-// The output channels o to o + O_BLOCK of the rows.
+// The output channels o to o + O_BLOCK of the rows: for each tap, the pixels times the tap's mixed kernel (I, O), in
+// panels of R_PANEL rows. A panel is mixed into the L1 cache and multiplied with all pixels; meanwhile the K panels that
+// come next are fetched.
 static void multiply(const Pass *p, long o, long first_row, long last_row) {
     const Layer *layer = p->layer;
     long I = layer->in_channels, O = layer->out_channels, K = layer->kernels, width = p->out_width;

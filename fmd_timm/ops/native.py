@@ -61,8 +61,8 @@ def takes(weight: Tensor, num_kernels: int) -> bool:
 class Layer:
     """Attention and dynamic convolution of float32 images (1, I, H, W), with groups = 1 and more than one kernel.
 
-    Weights (out, in) and biases of the linear maps are those of `fmd_timm.layers.attention.FoldedAttention`, as are the
-    arguments from `competes` on. All tensors are float32 and must not be changed.
+    Weights (out, in) and biases of the linear maps, `competes` and `gate_sizes` are those of
+    `fmd_timm.layers.attention.FoldedAttention`. All tensors are float32 and must not be changed.
 
     Args:
         squeeze: Weight and bias, or None.
@@ -89,7 +89,7 @@ class Layer:
         self.kernel_size, self.stride, self.padding, self.dilation = (1, 1), stride, padding, dilation
         self.convolves = weight is not None
         bank, self.out_channels = None, 0
-        if weight is not None:
+        if self.convolves:
             self.kernel_size, self.out_channels = tuple(weight.shape[2:]), len(weight) // self.num_kernels
             bank = _blocked(weight, self.num_kernels)
         self.features = self.num_kernels + maps[1].outputs + in_channels + maps[0].outputs
