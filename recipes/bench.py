@@ -30,13 +30,14 @@ from torch import nn
 from tqdm import tqdm
 
 from fmd_timm import FMDConv2d, dynamic_conv2d, prepare_for_inference
-from fmd_timm.ops import cpu, cuda, dense, gemm, hybrid, per_image, reference
+from fmd_timm.ops import cpu, cuda, dense, gemm, hybrid, native, per_image, reference
 
 RESULTS = Path(__file__).parent / 'results' / 'bench'
 IMAGE_SIZE = 224  # pixels
 METHODS = 'fmd', 'od', 'dy', 'cond'
 STATIC = 'static', 'static channels_last'
-CPU_ALGORITHMS = {'reference': reference, 'dense': dense, 'gemm': gemm, 'per_image': per_image, 'hybrid': hybrid}
+CPU_ALGORITHMS = {
+    'reference': reference, 'dense': dense, 'gemm': gemm, 'per_image': per_image, 'hybrid': hybrid, 'native': native}
 CUDA_ALGORITHMS = 'reference', 'dense', 'materialised', 'fused'
 WHAT = {  # case of the table -> its label, the variant that it is about
     'train': ('training step', 'fmd'),
@@ -57,8 +58,11 @@ def algorithm(device: torch.device, name: str | None) -> Iterator[None]:
             yield
 
 
-def algorithms(device: torch.device) -> tuple[str, ...]:
-    return CUDA_ALGORITHMS if device.type == 'cuda' else tuple(CPU_ALGORITHMS)
+def algorithms(device: torch.device, batch: int, is_forward: bool) -> tuple[str, ...]:
+    if device.type == 'cuda':
+        return CUDA_ALGORITHMS
+    has_native = batch == 1 and is_forward and native.is_available()
+    return tuple(name for name in CPU_ALGORITHMS if name != 'native' or has_native)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -119,7 +123,7 @@ def variants(name: str, mode: str, batch: int, device: torch.device) -> dict[str
     if mode == 'infer':
         add('static prepared', prepare_for_inference(timm.create_model(name)))
         add('fmd prepared', prepare_for_inference(timm.create_model(f'{name}_fmd')))
-    for by in algorithms(device):
+    for by in algorithms(device, batch, mode == 'infer'):
         add(f'fmd by {by}', timm.create_model(f'{name}_fmd'), by=by)
     return runs
 
@@ -224,7 +228,9 @@ def layer_variants(layer: dict, mode: str, batch: int, device: torch.device) -> 
 
     with torch.no_grad():
         grad_y = torch.randn_like(F.conv2d(x, one_kernel, **conv_args))
-    dynamic = {by: partial(run, dynamic_conv2d, x, weight, *attention, by=by) for by in algorithms(device)}
+    dynamic = {
+        by: partial(run, dynamic_conv2d, x, weight, *attention, by=by)
+        for by in algorithms(device, batch, mode == 'forward')}
     return dict(static=partial(run, F.conv2d, x, one_kernel), **dynamic)
 
 

@@ -5,7 +5,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest  # noqa: E402
 
-from fmd_timm.ops import cpu, dense, gemm, hybrid, per_image, reference  # noqa: E402
+from fmd_timm.ops import cpu, dense, gemm, hybrid, native, per_image, reference  # noqa: E402
 
 FITS = {
     reference: lambda num_kernels, has_taps, groups: True,
@@ -27,6 +27,13 @@ def implementation(request, monkeypatch):
         return rule(num_kernels=num_kernels, has_taps=has_taps, groups=groups, **shape)
 
     monkeypatch.setattr(cpu, 'choose', choose)
+
+
+@pytest.fixture
+def compiled():
+    """For tests of native.c."""
+    if not native.is_available():
+        pytest.skip('native.c could not be compiled here')
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import bench
 import pytest
 import torch
 
-from fmd_timm.ops import cpu, dense, gemm, hybrid, per_image, reference
+from fmd_timm.ops import cpu, dense, gemm, hybrid, native, per_image, reference
 
 README = Path(__file__).parents[1] / 'README.md'
 
@@ -34,7 +34,9 @@ def test_networks_are_timed_and_become_a_table(small, monkeypatch, capsys):
     infer, train = record['cases']
     assert {(case['mode'], case['batch'], case['threads']) for case in record['cases']} == {
         ('infer', 1, 1), ('train', 2, 1)}
-    assert set(infer['milliseconds']) - set(train['milliseconds']) == {'static prepared', 'fmd prepared'}
+    only_inferred = {'static prepared', 'fmd prepared'} | {'fmd by native'} & set(infer['milliseconds'])
+    assert set(infer['milliseconds']) - set(train['milliseconds']) == only_inferred
+    assert ('fmd by native' in only_inferred) == native.is_available()
     assert {'static', 'static channels_last', 'fmd', 'od', 'dy', 'cond', 'fmd by reference'} < set(
         train['milliseconds'])
     assert all(len(times) == 1 and min(times) > 0 for times in infer['milliseconds'].values())
@@ -49,12 +51,14 @@ def test_networks_are_timed_and_become_a_table(small, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='of the CPU')
 def test_layers_are_timed_by_every_algorithm(small, monkeypatch):
     monkeypatch.setattr(bench, 'layers_of', lambda name: [
-        dict(in_channels=8, out_channels=16, kernel=3, stride=2, pixels=9, count=1)])
+        dict(in_channels=16, out_channels=32, kernel=3, stride=2, pixels=9, count=1)])
     run(monkeypatch, '--models', 'resnet18', '--layers', '--rounds', '1')
     record = json.loads(next(small.glob('*.layers.json')).read_text())
     assert [(case['batch'], case['mode']) for case in record['cases']] == [
         (1, 'forward'), (16, 'forward'), (16, 'backward')]
-    assert all(set(case['milliseconds']) == {'static', *bench.CPU_ALGORITHMS} for case in record['cases'])
+    for case in record['cases']:
+        in_c = {'native'} if native.is_available() and case['batch'] == 1 else set()
+        assert set(case['milliseconds']) == {'static', 'reference', 'dense', 'gemm', 'per_image', 'hybrid', *in_c}
 
 
 def test_layers_of_a_network_are_its_dynamic_convolutions():
@@ -64,7 +68,7 @@ def test_layers_of_a_network_are_its_dynamic_convolutions():
 
 
 @pytest.mark.parametrize(
-    'module', [reference, dense, gemm, per_image, hybrid], ids=lambda module: module.__name__.rpartition('.')[2])
+    'module', [reference, dense, gemm, per_image, hybrid, native], ids=lambda module: module.__name__.rpartition('.')[2])
 def test_an_algorithm_is_forced_on_every_layer(module):
     name = module.__name__.rpartition('.')[2]
     with bench.algorithm(torch.device('cpu'), name):

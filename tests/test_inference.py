@@ -58,8 +58,7 @@ def assert_same(prepared, model, x, tolerance=1e-5):
 def way(request, monkeypatch):
     """Convolutions as the rules have it, all in C that can be, as products with transposed kernels, or neither."""
     if request.param == 'native':
-        if not native.is_available():
-            pytest.skip('native.c could not be compiled here')
+        request.getfixturevalue('compiled')
         monkeypatch.setattr(PreparedConv2d, '_is_native', lambda self, x: self._native.convolves)
     elif request.param != 'rules':
         monkeypatch.setattr(native, 'is_available', lambda: False)
@@ -99,9 +98,7 @@ def test_biases_and_temperatures_are_kept(conv_bias, way):
 ])
 @pytest.mark.parametrize('layer', METHODS)
 @pytest.mark.parametrize('threads', [1, 3])
-def test_in_c_a_layer_computes_the_same(shape, layer, threads):
-    if not native.is_available():
-        pytest.skip('native.c could not be compiled here')
+def test_in_c_a_layer_computes_the_same(shape, layer, threads, compiled):
     I, O, kernel, stride, padding, dilation, size, K = shape
     torch.manual_seed(0)
     conv = layer(I, O, kernel, stride, padding, dilation, bias=False, num_kernels=K)
@@ -120,9 +117,7 @@ def test_in_c_a_layer_computes_the_same(shape, layer, threads):
     assert ((y - expected).abs().max() / expected.abs().max()).item() < 2e-6
 
 
-def test_in_c_a_wrong_number_of_channels_is_refused():
-    if not native.is_available():
-        pytest.skip('native.c could not be compiled here')
+def test_in_c_a_wrong_number_of_channels_is_refused(compiled):
     prepared = PreparedConv2d(FMDConv2d(16, 32, 3, bias=False).eval())
     prepared(torch.randn(1, 16, 5, 5))
     with pytest.raises(ValueError, match=r'x must have shape \(1, 16, H, W\), got \(1, 32, 5, 5\)'):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmd_timm import dynamic_conv2d
-from fmd_timm.ops import gemm, per_image
+from fmd_timm.ops import cpu, gemm, native, per_image
 
 ARGUMENTS = 'x', 'weight', 'kernel_attn', 'in_attn', 'out_attn', 'tap_attn', 'bias'
 
@@ -161,6 +161,91 @@ def test_outputs_and_gradients_stay_close_to_float64(
         assert value.dtype == dtype
         error = ((value.double() - true).abs().max() / true.abs().max()).item()
         assert error < tolerance, f'{name}: relative error {error:.1e}'
+
+
+IN_C = {  # as SHAPES, of images in channels_last
+    '1x1': (1, 2, 16, 32, 1, 1, 0, 1, 1, (1, 1)),
+    '3x3': (1, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)),
+    '3x3_stride': (1, 3, 48, 32, 3, 2, 1, 1, 1, (9, 6)),
+    '5x5_dilation': (1, 8, 16, 96, 5, 1, 4, 2, 1, (5, 8)),
+    'uneven': (1, 2, 160, 32, (1, 3), (2, 1), (0, 1), 1, 1, (4, 11)),
+    'one_pixel': (1, 4, 16, 32, 3, 1, 1, 1, 1, (1, 1)),
+    'wide': (1, 5, 144, 64, 7, 2, 3, 1, 1, (40, 35)),
+}
+
+
+@pytest.fixture
+def convolved_in_c(monkeypatch, compiled):
+    """Forward passes in C wherever they can be; a list of those."""
+    calls, rule, forward = [], cpu.choose, native.forward
+    monkeypatch.setattr(cpu, 'choose', lambda fits_native, **shape: native if fits_native else rule(**shape))
+    monkeypatch.setattr(native, 'forward', lambda *args: calls.append(args) or forward(*args))
+    return calls
+
+
+def make_image(shape, **kwargs):
+    tensors, conv_args = make_inputs(*shape, dtype=torch.float32, **kwargs)
+    for name in 'x', 'weight':
+        tensors[name] = tensors[name].detach().to(memory_format=torch.channels_last).requires_grad_()
+    return tensors, conv_args
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('tap_attn', [False, True], ids=['', 'taps'])
+@pytest.mark.parametrize('shape', IN_C.values(), ids=IN_C)
+def test_in_c_outputs_and_gradients_stay_close_to_float64(shape, tap_attn, threads, convolved_in_c):
+    tensors, conv_args = make_image(shape, tap_attn=tap_attn)
+    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = dynamic_conv2d(**tensors, **conv_args)
+    finally:
+        torch.set_num_threads(threads_before)
+    assert len(convolved_in_c) == 1 and y.is_contiguous(memory_format=torch.channels_last)
+    expected = one_by_one(**exact, **conv_args)
+    probe = torch.randn_like(expected)
+    gradients = torch.autograd.grad(y, list(tensors.values()), probe.float())
+    expected_gradients = torch.autograd.grad(expected, list(exact.values()), probe)
+    for name, value, true in zip(['y', *tensors], [y, *gradients], [expected, *expected_gradients]):
+        error = ((value.double() - true).abs().max() / true.abs().max()).item()
+        assert error < 1e-5, f'{name}: relative error {error:.1e}'
+
+
+@pytest.mark.parametrize('left_out', [(), ('in_attn',), ('out_attn',), ('bias',), ('in_attn', 'out_attn', 'bias')])
+def test_in_c_attention_and_bias_may_be_missing(left_out, convolved_in_c):
+    tensors, conv_args = make_image(IN_C['3x3'])
+    tensors = {name: t.detach() for name, t in tensors.items() if name not in left_out}
+    y = dynamic_conv2d(**tensors, **conv_args)
+    assert len(convolved_in_c) == 1
+    exact = dynamic_conv2d(**{name: t.double() for name, t in tensors.items()}, **conv_args)
+    assert ((y - exact).abs().max() / exact.abs().max()).item() < 1e-5
+
+
+def test_in_c_attention_may_have_any_dtype_and_strides(convolved_in_c):
+    tensors, conv_args = make_image(IN_C['3x3'])
+    expected = dynamic_conv2d(**tensors, **conv_args)
+    for name in 'kernel_attn', 'in_attn', 'out_attn':
+        tensors[name] = torch.stack([tensors[name], torch.zeros_like(tensors[name])], -1)[..., 0].double()
+    torch.testing.assert_close(dynamic_conv2d(**tensors, **conv_args), expected)
+    assert len(convolved_in_c) == 2
+
+
+@pytest.mark.parametrize('shape, layout, dtype', [
+    ((2, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.float32),
+    ((1, 1, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.float32),
+    ((1, 4, 24, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.float32),
+    ((1, 4, 32, 48, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.float32),
+    ((1, 4, 32, 64, 3, 1, 1, 1, 2, (7, 7)), torch.channels_last, torch.float32),
+    ((1, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.contiguous_format, torch.float32),
+    ((1, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.bfloat16),
+    ((1, 4, 32, 64, 1, 1, 0, 1, 1, (23, 23)), torch.channels_last, torch.float32),
+], ids=['batch', 'one_kernel', 'C_in', 'C_out', 'groups', 'nchw', 'bfloat16', 'many_pixels'])
+def test_what_c_does_not_take_or_not_sooner_stays_with_pytorch(shape, layout, dtype, monkeypatch, compiled):
+    monkeypatch.setattr(native, 'forward', None)
+    tensors, conv_args = make_inputs(*shape, dtype=dtype)
+    tensors = {name: t.to(memory_format=layout) if t.ndim == 4 else t for name, t in tensors.items()}
+    dynamic_conv2d(**tensors, **conv_args)
 
 
 @pytest.mark.parametrize('change, message', [

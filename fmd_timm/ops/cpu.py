@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import dense, gemm, hybrid, per_image, reference
+from . import dense, gemm, hybrid, native, per_image, reference
 from .patches import memory_format
 
 __all__ = ['choose', 'forward', 'backward']
@@ -24,8 +24,15 @@ def choose(
         groups: int,
         depthwise: bool,
         has_taps: bool,
+        pointwise: bool = False,
+        fits_native: bool = False,
 ) -> ModuleType:
-    """The implementation for images with `out_pixels` = H' * W' results per channel."""
+    """The implementation for images with `out_pixels` = H' * W' results per channel.
+
+    `fits_native`: it is the forward pass of a single image, and one that `native.forward` takes as it lies in memory.
+    """
+    if fits_native and (out_pixels < 500 or not pointwise):
+        return native
     if num_kernels == 1 and not has_taps:
         return dense  # one kernel for all images: an ordinary convolution
     if depthwise:
@@ -43,7 +50,8 @@ def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, p
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0."""
     live, padding, out_pixels = _geometry(x, weight, stride, padding, dilation)
     weight, tap_attn = _crop(weight, live), _crop_taps(tap_attn, weight, live)
-    chosen = _chosen(x, weight, kernel_attn, tap_attn, out_pixels, groups)
+    chosen = _chosen(
+        x, weight, kernel_attn, tap_attn, out_pixels, groups, fits_native=_fits_native(x, weight, kernel_attn, groups))
     return chosen.forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups)
 
 
@@ -107,7 +115,16 @@ def _crop_taps(tap_attn: Tensor | None, weight: Tensor, live: tuple[slice, slice
     return tap_attn.unflatten(1, weight.shape[2:])[(..., *live)].flatten(1)
 
 
-def _chosen(x, weight, kernel_attn, tap_attn, out_pixels, groups) -> ModuleType:
+def _fits_native(x, weight, kernel_attn, groups) -> bool:
+    return (
+        len(x) == 1 and x.dtype == torch.float32 and groups == 1 and kernel_attn is not None
+        and all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        and native.takes(weight, kernel_attn.shape[1]) and native.is_available()
+    )
+
+
+def _chosen(x, weight, kernel_attn, tap_attn, out_pixels, groups, fits_native=False) -> ModuleType:
     return choose(
         batch=len(x), num_kernels=1 if kernel_attn is None else kernel_attn.shape[1], out_pixels=out_pixels,
-        groups=groups, depthwise=groups > 1 and weight.shape[1] == 1, has_taps=tap_attn is not None)
+        groups=groups, depthwise=groups > 1 and weight.shape[1] == 1, has_taps=tap_attn is not None,
+        pointwise=weight.shape[2:] == (1, 1), fits_native=fits_native)

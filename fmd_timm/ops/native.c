@@ -1,14 +1,22 @@
-// The attention of one image, and its convolution with the mixture of K kernels, for inference. `native.py` compiles
-// this and says what it is for. Vectors are GCC's and Clang's own, as wide as those of the processor.
+// The attention of one image, and its convolution with the mixture of K kernels. `native.py` compiles this and says
+// what it is for. Vectors are GCC's and Clang's own, as wide as those of the processor.
 
 #include <math.h>
 
+// WIDTH: floats of a vector. COLUMNS: pixels of the widest tile, whose sums fill the registers. FIRST, LAST: the first
+// and the last halves of two vectors, with the elements of both in turn.
 #if defined(__AVX512F__)
-enum { WIDTH = 16, COLUMNS = 14 };  // floats of a vector; pixels of the widest tile, whose sums fill the registers
+enum { WIDTH = 16, COLUMNS = 14 };
+#define FIRST 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LAST 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 enum { WIDTH = 8, COLUMNS = 6 };
+#define FIRST 0, 8, 1, 9, 2, 10, 3, 11
+#define LAST 4, 12, 5, 13, 6, 14, 7, 15
 #else
 enum { WIDTH = 4, COLUMNS = 6 };
+#define FIRST 0, 4, 1, 5
+#define LAST 2, 6, 3, 7
 #endif
 enum { O_BLOCK = 32, R_PANEL = 128, LINE = 64, CHUNK = 512 * 1024 };
 typedef float vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
@@ -24,13 +32,15 @@ typedef struct {
     Linear gates;         // of the first of the squeezed features: in_attn, out_attn and tap_attn, as far as there are
     Linear kernel;        // of the last of them
     long has_softmax, has_in_attn, has_out_attn, has_tap_attn;
-    const float *bank;    // (O / O_BLOCK, R, K, O_BLOCK), R = taps * I
+    const float *bank;    // (O / O_BLOCK, R, K, O_BLOCK), R = taps * I; or null
     const float *shift;   // (O) or null
     long in_channels, out_channels, kernels, taps[2], stride[2], padding[2], dilation[2];
 } Layer;
 
 typedef struct {
     const Layer *layer;
+    const float *weight;  // the kernels where there is no bank: (K, O, R)
+    const float *shift;   // (O) or null
     const float *x;       // (H, W, I)
     long height, width, threads;
     float *share, *gates; // results of the attention
@@ -127,31 +137,107 @@ static void pad(const Pass *p, long row) {
         }
 }
 
-// Reads memory from `next` on into the L2 cache, `lines` in each step of a loop.
-static inline void fetch(const char *next, long step, long lines) {
-    for (long l = 0; l < lines; l++) __builtin_prefetch(next + (step * lines + l) * LINE, 0, 2);
+// The K kernels of one panel: those of n rows, from row `start` on, of O_BLOCK output channels from o on.
+typedef struct {
+    const float *first;
+    const char *next;     // where those of the next panel are
+    long kernel, channel; // distances: of a kernel from the next, of an output channel from the next; 0 in a bank
+    long n;
+} Source;
+
+static Source source(const Pass *p, long o, long start, long n) {
+    const Layer *layer = p->layer;
+    long R = layer->taps[0] * layer->taps[1] * layer->in_channels, K = layer->kernels;
+    Source s = {.n = n};
+    if (layer->bank) {
+        s.first = layer->bank + (o * R + start * O_BLOCK) * K;
+        s.next = (const char *)(s.first + n * K * O_BLOCK);
+    } else {
+        s.first = p->weight + o * R + start;
+        s.next = (const char *)(s.first + n + (start + n == R ? (O_BLOCK - 1) * R : 0));
+        s.kernel = layer->out_channels * R, s.channel = R;
+    }
+    return s;
 }
 
-// n rows of O_BLOCK channels, mixed from (n, K, O_BLOCK), times the gates of the rows and of their tap.
-static void mix(
-        const float *bank, const float *share, const float *in_attn, float gate, long kernels, long n, float *panel,
-        const char *next, long lines) {
-    for (long r = 0; r < n; r++) {
-        fetch(next, r, lines);
+// Panels are read into the L2 cache ahead of their time, in two runs for each kernel: n lines, that lie in rows.
+typedef struct {
+    const char *line;     // null: nothing is to be read
+    long row, skip;       // bytes of a row, and of what lies between two
+} Run;
+
+static Run run(const Source *s, long number) {
+    if (!s->channel) return (Run){s->next + number * s->n * LINE, s->n * LINE, 0};
+    long first = number / 2 * s->kernel + number % 2 * (O_BLOCK / 2) * s->channel, size = sizeof(float);
+    return (Run){s->next + first * size, s->n * size, (s->channel - s->n) * size};
+}
+
+// n rows of O_BLOCK channels, mixed from (n, K, O_BLOCK), times the gates of the rows and of their tap. Runs from
+// `unread` on are read meanwhile.
+static void mix_bank(
+        const Source *s, const float *share, const float *in_attn, float gate, long kernels, long unread,
+        float *panel) {
+    const char *next = s->next + unread * s->n * LINE;
+    for (long r = 0; r < s->n; r++) {
+        for (long number = unread; number < 2 * kernels; number++, next += LINE) __builtin_prefetch(next, 0, 2);
         for (long o = 0; o < O_BLOCK; o += WIDTH) {
-            vec sum = share[0] * *(const vec *)(bank + r * kernels * O_BLOCK + o);
-            for (long k = 1; k < kernels; k++) sum += share[k] * *(const vec *)(bank + (r * kernels + k) * O_BLOCK + o);
+            const float *bank = s->first + r * kernels * O_BLOCK + o;
+            vec sum = share[0] * *(const vec *)bank;
+            for (long k = 1; k < kernels; k++) sum += share[k] * *(const vec *)(bank + k * O_BLOCK);
             *(vec *)(panel + r * O_BLOCK + o) = sum * (in_attn ? in_attn[r] * gate : gate);
         }
     }
 }
 
+#ifdef __clang__
+#define SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+typedef int indices __attribute__((vector_size(WIDTH * 4)));
+#define SHUFFLE(A, B, ...) __builtin_shuffle(A, B, (indices){__VA_ARGS__})
+#endif
+
+static inline void transpose(vec *square) {
+    for (int done = 1; done < WIDTH; done *= 2) {
+        vec before[WIDTH];
+        for (int l = 0; l < WIDTH; l++) before[l] = square[l];
+        for (int l = 0; l < WIDTH / 2; l++) {
+            square[2 * l] = SHUFFLE(before[l], before[l + WIDTH / 2], FIRST);
+            square[2 * l + 1] = SHUFFLE(before[l], before[l + WIDTH / 2], LAST);
+        }
+    }
+}
+
+// The same from kernels (K, O, R), in squares that are mixed and transposed.
+static void mix_rows(
+        const Source *s, const float *share, const float *in_attn, float gate, long kernels, long unread,
+        float *panel) {
+    long ahead = s->next - (const char *)s->first;
+    for (long o = 0; o < O_BLOCK; o += WIDTH)
+        for (long r = 0; r < s->n; r += WIDTH) {
+            vec square[WIDTH], gates = in_attn ? *(const vec *)(in_attn + r) * gate : gate - (vec){0};
+            for (int l = 0; l < WIDTH; l++) {
+                const float *weight = s->first + (o + l) * s->channel + r;
+                vec sum = {0};
+                for (long k = 0; k < kernels; k++, weight += s->kernel) {
+                    sum += share[k] * *(const vec *)weight;
+                    if (2 * k + (o + l) / (O_BLOCK / 2) >= unread)
+                        __builtin_prefetch((const char *)weight + ahead, 0, 2);
+                }
+                square[l] = sum * gates;
+            }
+            transpose(square);
+            for (int l = 0; l < WIDTH; l++) *(vec *)(panel + (r + l) * O_BLOCK + o) = square[l];
+        }
+}
+
 // y (COUNT, 2 * WIDTH) += x (n, COUNT)^T panel (n, 2 * WIDTH), set where `is_first`; scaled and shifted if asked for.
-// The rows of x are `step` apart.
+// The rows of x are `step` apart. A line of the run that is ahead is read in each step.
 #define TILE(COUNT) \
 static void tile_##COUNT( \
         const float *x, long step, const float *panel, long n, float *y, long out_channels, int is_first, \
-        const float *scale, const float *shift, const char *next, long lines) { \
+        const float *scale, const float *shift, const Run *ahead) { \
+    const char *line = ahead->line, *end = line + ahead->row; \
+    long row = ahead->row, skip = ahead->skip; \
     vec sums[COUNT][2]; \
     for (int m = 0; m < COUNT; m++) \
         for (int v = 0; v < 2; v++) { \
@@ -160,7 +246,10 @@ static void tile_##COUNT( \
         } \
     for (long r = 0; r < n; r++, x += step, panel += O_BLOCK) { \
         vec left = *(const vec *)panel, right = *(const vec *)(panel + WIDTH); \
-        fetch(next, r, lines); \
+        if (line) { \
+            __builtin_prefetch(line, 0, 2); \
+            if ((line += LINE) == end) end += row + skip, line += skip; \
+        } \
         _Pragma("GCC unroll 14") \
         for (int m = 0; m < COUNT; m++) { \
             sums[m][0] += x[m] * left; \
@@ -176,7 +265,7 @@ static void tile_##COUNT( \
         } \
 }
 typedef void Tile(
-    const float *, long, const float *, long, float *, long, int, const float *, const float *, const char *, long);
+    const float *, long, const float *, long, float *, long, int, const float *, const float *, const Run *);
 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if defined(__AVX512F__)
 TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
@@ -189,8 +278,7 @@ static Tile *const tiles[] = {
 };
 
 // The output channels o to o + O_BLOCK of the rows: for each tap, the pixels times the tap's mixed kernel (I, O), in
-// panels of R_PANEL rows. A panel is mixed into the L1 cache and multiplied with all pixels; meanwhile the K panels that
-// come next are fetched.
+// panels of R_PANEL rows, which are mixed into the L1 cache and multiplied with all pixels.
 static void multiply(const Pass *p, long o, long first_row, long last_row) {
     const Layer *layer = p->layer;
     long I = layer->in_channels, O = layer->out_channels, K = layer->kernels, width = p->out_width;
@@ -203,30 +291,23 @@ static void multiply(const Pass *p, long o, long first_row, long last_row) {
         long i = tap / layer->taps[1] * layer->dilation[0], j = tap % layer->taps[1] * layer->dilation[1];
         const float *x = p->padded + (i * I + channel) * step
             + j % layer->stride[1] * p->columns + j / layer->stride[1];
-        const float *bank = layer->bank + (o * R + start * O_BLOCK) * K;
-        // The next K panels follow in memory. Reading is slow and must go on all the time: one line in each step of a
-        // tile, as far as there are steps, the rest while this panel is mixed.
-        long ahead = n * K * O_BLOCK * (long)sizeof(float) / LINE, fetched = 0;
-        long steps = (last_row - first_row) * parts * (O_BLOCK / (2 * WIDTH)) * n;
-        long at_once = ahead > steps ? ahead / steps : 1, rest = ahead > steps ? (ahead % steps + n - 1) / n : 0;
-        const char *next = (const char *)(bank + n * K * O_BLOCK);
-        mix(
-            bank, p->share, p->in_attn ? p->in_attn + channel : 0, p->tap_attn ? p->tap_attn[tap] : 1, K, n, panel,
-            next, rest);
-        next += n * rest * LINE;
-        ahead -= n * rest;
+        // Reading is slow and must go on all the time: a run of the next panel during each tile, as far as there are
+        // tiles, the rest while this panel is mixed.
+        Source s = source(p, o, start, n);
+        long calls = (last_row - first_row) * parts * (O_BLOCK / (2 * WIDTH)), call = 0;
+        (layer->bank ? mix_bank : mix_rows)(
+            &s, p->share, p->in_attn ? p->in_attn + channel : 0, p->tap_attn ? p->tap_attn[tap] : 1, K, calls, panel);
         int is_first = !start, is_last = start + n == R;
         for (long to = o; to < o + O_BLOCK; to += 2 * WIDTH)
             for (long row = first_row; row < last_row; row++)
-                for (long part = 0; part < parts; part++) {
+                for (long part = 0; part < parts; part++, call++) {
                     long column = part * width / parts, count = (part + 1) * width / parts - column;
-                    long lines = fetched < ahead ? at_once : 0;
+                    Run ahead = call < 2 * K ? run(&s, call) : (Run){0};
                     tiles[count](
                         x + row * layer->stride[0] * I * step + column, step, panel + to - o, n,
                         p->y + (row * width + column) * O + to, O, is_first,
-                        is_last && p->out_attn ? p->out_attn + to : 0, is_last && layer->shift ? layer->shift + to : 0,
-                        next + fetched * LINE, lines);
-                    fetched += lines * n;
+                        is_last && p->out_attn ? p->out_attn + to : 0, is_last && p->shift ? p->shift + to : 0,
+                        &ahead);
                 }
     }
 }
@@ -264,6 +345,14 @@ static Pass pass(const Layer *layer, const float *x, long height, long width, fl
     return p;
 }
 
+static void into(Pass *p, float *y, long out_height, long out_width) {
+    const Layer *layer = p->layer;
+    p->y = y, p->out_height = out_height, p->out_width = out_width;
+    p->rows = (out_height - 1) * layer->stride[0] + (layer->taps[0] - 1) * layer->dilation[0] + 1;
+    p->columns = out_width + (layer->taps[1] - 1) * layer->dilation[1] / layer->stride[1];
+    convolve(p);
+}
+
 // Into `memory`: the shares of the kernels, then the gates. It has room for the pooled and the squeezed features too.
 void fmd_timm_attend(const Layer *layer, const float *x, long height, long width, float *memory, long threads) {
     Pass p = pass(layer, x, height, width, memory, threads);
@@ -279,9 +368,18 @@ void fmd_timm_forward(
     if (layer->has_in_attn) p.in_attn = gates, gates += layer->in_channels;
     if (layer->has_out_attn) p.out_attn = gates, gates += layer->out_channels;
     if (layer->has_tap_attn) p.tap_attn = gates;
-    p.y = y, p.out_height = out_height, p.out_width = out_width;
-    p.rows = (out_height - 1) * layer->stride[0] + (layer->taps[0] - 1) * layer->dilation[0] + 1;
-    p.columns = out_width + (layer->taps[1] - 1) * layer->dilation[1] / layer->stride[1];
+    p.shift = layer->shift;
     attend(&p);
-    convolve(&p);
+    into(&p, y, out_height, out_width);
+}
+
+// Into y, with attention that is given. `memory` has room for the padded image.
+void fmd_timm_convolve(
+        const Layer *layer, const float *x, long height, long width, float *memory, long threads,
+        float *y, long out_height, long out_width, const float *weight, const float *shift,
+        float *share, const float *in_attn, const float *out_attn, const float *tap_attn) {
+    Pass p = {
+        .layer = layer, .weight = weight, .shift = shift, .x = x, .height = height, .width = width, .threads = threads,
+        .share = share, .in_attn = in_attn, .out_attn = out_attn, .tap_attn = tap_attn, .padded = memory};
+    into(&p, y, out_height, out_width);
 }

@@ -1,15 +1,16 @@
-"""Attention and dynamic convolution of a single image on the CPU for inference, in C.
+"""Dynamic convolution of a single image on the CPU, in C; in prepared networks together with its attention.
 
 A single image pays for reading K kernels where a static convolution reads one, and matrix products by PyTorch can't do
 anything else meanwhile. `native.c` fetches the next kernels while it multiplies by the last ones, and has no
 intermediate results. It is compiled for this machine, by its own C compiler, when it is first needed, and kept in the
-user's cache folder ($XDG_CACHE_HOME/fmd_timm, by default ~/.cache/fmd_timm); where that is not possible, `prepared.py`
-and PyTorch do the same.
+user's cache folder ($XDG_CACHE_HOME/fmd_timm, by default ~/.cache/fmd_timm); where that is not possible, PyTorch does
+the same.
 """
 import contextlib
 import ctypes
 import hashlib
 import logging
+import math
 import mmap
 import os
 import shutil
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Layer', 'is_available', 'takes']
+__all__ = ['Layer', 'forward', 'is_available', 'takes']
 
 _logger = logging.getLogger(__name__)
 
@@ -56,6 +57,37 @@ def takes(weight: Tensor, num_kernels: int) -> bool:
         num_kernels > 1 and weight.dtype == torch.float32 and weight.device.type == 'cpu'
         and weight.shape[1] % WIDTH == 0 and weight.shape[0] // num_kernels % O_BLOCK == 0
     )
+
+
+def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
+    """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; what `takes` says, B = 1, groups = 1, x float32.
+
+    Kernels are read as they lie in memory, channels_last; others are copied first, as are images. There is no backward
+    pass in C: gradients follow the rules for more than one image.
+    """
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    attention = kernel_attn, in_attn, out_attn, tap_attn
+    kernel_attn, in_attn, out_attn, tap_attn = attention = [
+        None if t is None else t.to(torch.float32).contiguous() for t in attention]
+    (_, I, H, W), num_kernels, kernel_size = x.shape, kernel_attn.shape[1], tuple(weight.shape[2:])
+    O, stride, padding, dilation = len(weight) // num_kernels, tuple(stride), tuple(padding), tuple(dilation)
+    shift = None
+    if bias is not None:
+        shift = kernel_attn[0] @ bias.view(num_kernels, O)
+        shift = shift if out_attn is None else shift * out_attn[0]
+    height, width, padded = _sizes(H, W, kernel_size, stride, padding, dilation)
+    y, memory = x.new_empty(1, height, width, O), x.new_empty(I * padded)
+    _library().fmd_timm_convolve(
+        _without_attention(I, O, num_kernels, kernel_size, stride, padding, dilation),
+        x.data_ptr(), H, W, memory.data_ptr(), torch.get_num_threads(), y.data_ptr(), height, width,
+        *(None if t is None else t.data_ptr() for t in (weight, shift, *attention)))
+    return y.permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=1024)
+def _without_attention(I, O, num_kernels, *pairs) -> _Layer:
+    return _Layer(*(_Linear() for _ in range(3)), False, False, False, False, None, None, I, O, num_kernels,
+                  *(_Pair(*pair) for pair in pairs))
 
 
 class Layer:
@@ -152,9 +184,10 @@ def is_available() -> bool:
     """Whether it can be compiled here and computes what it should; takes some seconds the first time on a machine."""
     if sys.platform != 'linux' or _library() is None:
         return False
-    x = torch.arange(32 * 25.).reshape(1, 32, 5, 5).sin()
-    weight = torch.arange(64 * 32 * 9.).reshape(64, 32, 3, 3).cos()
-    kernel = torch.arange(64.).reshape(2, 32).cos(), torch.tensor([0.3, 0.7])
+    def numbers(*shape: int) -> Tensor:
+        return torch.arange(math.prod(shape), dtype=torch.float32, device='cpu').reshape(shape).cos()
+
+    x, weight, kernel = numbers(1, 32, 5, 5), numbers(64, 32, 3, 3), (numbers(2, 32), numbers(2))
     layer = Layer(None, None, kernel, True, [0, 0, 0], 32, weight, None, (1, 1), (1, 1), (1, 1))
     share = F.linear(x.mean((2, 3)), *kernel).softmax(1)[0]
     expected = F.conv2d(x, share[0] * weight[:32] + share[1] * weight[32:], padding=1)
@@ -171,7 +204,10 @@ def _library() -> ctypes.CDLL | None:
     of_image = ctypes.POINTER(_Layer), ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_long
     library.fmd_timm_attend.argtypes = of_image
     library.fmd_timm_forward.argtypes = *of_image, ctypes.c_void_p, ctypes.c_long, ctypes.c_long
-    library.fmd_timm_attend.restype = library.fmd_timm_forward.restype = None
+    library.fmd_timm_convolve.argtypes = (
+        *library.fmd_timm_forward.argtypes, *[ctypes.c_void_p] * 6)
+    for function in library.fmd_timm_attend, library.fmd_timm_forward, library.fmd_timm_convolve:
+        function.restype = None
     return library
 
 
