@@ -1,4 +1,6 @@
 import os
+import shutil
+import sys
 
 # Tensors are small here: more threads would only wait for each other, on a busy machine for long.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -31,9 +33,10 @@ def implementation(request, monkeypatch):
 
 @pytest.fixture
 def compiled():
-    """For tests of native.c."""
-    if not native.is_available():
-        pytest.skip('native.c could not be compiled here')
+    """For tests of native.c, which compiles wherever it can."""
+    if sys.platform != 'linux' or not shutil.which(os.environ.get('CC', 'cc')):
+        pytest.skip('native.c is for Linux with a C compiler')
+    assert native.is_available()
 
 
 @pytest.fixture
