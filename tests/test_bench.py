@@ -73,7 +73,9 @@ def test_an_algorithm_is_forced_on_every_layer(module):
     name = module.__name__.rpartition('.')[2]
     with bench.algorithm(torch.device('cpu'), name):
         assert cpu.choose(batch=1, num_kernels=4, out_pixels=9, groups=1) is module
-    arguments = dict(batch=2, num_kernels=4, out_pixels=9, groups=1, depthwise=False, has_taps=False)
+    arguments = dict(
+        batch=2, num_kernels=4, out_pixels=9, groups=1, depthwise=False, has_taps=False, pointwise=False,
+        image_numbers=36, fits_native=False)
     with bench.algorithm(torch.device('cpu'), None):
         assert cpu.choose(**arguments) is gemm
 

@@ -178,7 +178,7 @@ IN_C = {  # as SHAPES, of images in channels_last
 def convolved_in_c(monkeypatch, compiled):
     """Forward passes in C wherever they can be; a list of those."""
     calls, rule, forward = [], cpu.choose, native.forward
-    monkeypatch.setattr(cpu, 'choose', lambda fits_native, **shape: native if fits_native else rule(**shape))
+    monkeypatch.setattr(cpu, 'choose', lambda **shape: native if shape['fits_native'] else rule(**shape))
     monkeypatch.setattr(native, 'forward', lambda *args: calls.append(args) or forward(*args))
     return calls
 
@@ -222,10 +222,10 @@ def test_in_c_attention_and_bias_may_be_missing(left_out, convolved_in_c):
     assert ((y - exact).abs().max() / exact.abs().max()).item() < 1e-5
 
 
-def test_in_c_attention_may_have_any_dtype_and_strides(convolved_in_c):
+def test_in_c_attention_and_bias_may_have_any_dtype_and_strides(convolved_in_c):
     tensors, conv_args = make_image(IN_C['3x3'])
     expected = dynamic_conv2d(**tensors, **conv_args)
-    for name in 'kernel_attn', 'in_attn', 'out_attn':
+    for name in 'kernel_attn', 'in_attn', 'out_attn', 'bias':
         tensors[name] = torch.stack([tensors[name], torch.zeros_like(tensors[name])], -1)[..., 0].double()
     torch.testing.assert_close(dynamic_conv2d(**tensors, **conv_args), expected)
     assert len(convolved_in_c) == 2
@@ -239,7 +239,7 @@ def test_in_c_attention_may_have_any_dtype_and_strides(convolved_in_c):
     ((1, 4, 32, 64, 3, 1, 1, 1, 2, (7, 7)), torch.channels_last, torch.float32),
     ((1, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.contiguous_format, torch.float32),
     ((1, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.bfloat16),
-    ((1, 4, 32, 64, 1, 1, 0, 1, 1, (23, 23)), torch.channels_last, torch.float32),
+    ((1, 4, 64, 32, 1, 1, 0, 1, 1, (63, 63)), torch.channels_last, torch.float32),
 ], ids=['batch', 'one_kernel', 'C_in', 'C_out', 'groups', 'nchw', 'bfloat16', 'many_pixels'])
 def test_what_c_does_not_take_or_not_sooner_stays_with_pytorch(shape, layout, dtype, monkeypatch, compiled):
     monkeypatch.setattr(native, 'forward', None)

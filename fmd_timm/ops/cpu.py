@@ -3,7 +3,7 @@
 Chosen from timings of single convolutions of ResNets, forward and backward, batch 1 and 16 at 224 px and 2 to 128 below
 17 px, and where `hybrid` begins and ends of 1x1 and 3x3 kernels of 128 to 1024 channels, batch 4 and 16 at 8 to 22 px;
 channels_last, float32, one thread of an Intel Xeon. `recipes/bench.py --layers` times those at 224 px anew; on two
-threads of one, what they choose was within 5 % of the fastest everywhere.
+threads of one, what they choose was within 6 % of the fastest everywhere.
 """
 from functools import lru_cache
 from types import ModuleType
@@ -24,14 +24,15 @@ def choose(
         groups: int,
         depthwise: bool,
         has_taps: bool,
-        pointwise: bool = False,
-        fits_native: bool = False,
+        pointwise: bool,
+        image_numbers: int,
+        fits_native: bool,
 ) -> ModuleType:
-    """The implementation for images with `out_pixels` = H' * W' results per channel.
+    """The implementation for images of `image_numbers` = I * H * W, with `out_pixels` = H' * W' results per channel.
 
     `fits_native`: it is the forward pass of a single image, and one that `native.forward` takes as it lies in memory.
     """
-    if fits_native and (out_pixels < 500 or not pointwise):
+    if fits_native and (not pointwise or image_numbers < 250_000):
         return native
     if num_kernels == 1 and not has_taps:
         return dense  # one kernel for all images: an ordinary convolution
@@ -61,7 +62,7 @@ def backward(
     """Gradients of x, weight, kernel_attn, in_attn, out_attn, tap_attn and bias; None for what is None."""
     live, padding, out_pixels = _geometry(x, weight, stride, padding, dilation)
     cropped, cropped_taps = _crop(weight, live), _crop_taps(tap_attn, weight, live)
-    chosen = _chosen(x, cropped, kernel_attn, cropped_taps, out_pixels, groups)
+    chosen = _chosen(x, cropped, kernel_attn, cropped_taps, out_pixels, groups, fits_native=False)
     gradients = list(chosen.backward(
         grad_y, x, cropped, kernel_attn, in_attn, out_attn, cropped_taps, bias, stride, padding, dilation, groups))
     if live is not None:
@@ -123,8 +124,8 @@ def _fits_native(x, weight, kernel_attn, groups) -> bool:
     )
 
 
-def _chosen(x, weight, kernel_attn, tap_attn, out_pixels, groups, fits_native=False) -> ModuleType:
+def _chosen(x, weight, kernel_attn, tap_attn, out_pixels, groups, fits_native) -> ModuleType:
     return choose(
         batch=len(x), num_kernels=1 if kernel_attn is None else kernel_attn.shape[1], out_pixels=out_pixels,
         groups=groups, depthwise=groups > 1 and weight.shape[1] == 1, has_taps=tap_attn is not None,
-        pointwise=weight.shape[2:] == (1, 1), fits_native=fits_native)
+        pointwise=weight.shape[2:] == (1, 1), image_numbers=x[0].numel(), fits_native=fits_native)

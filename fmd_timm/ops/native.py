@@ -63,18 +63,17 @@ def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, p
     """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; what `takes` says, B = 1, groups = 1, x float32.
 
     Kernels are read as they lie in memory, channels_last; others are copied first, as are images. There is no backward
-    pass in C: gradients follow the rules for more than one image.
+    pass in C: `cpu.choose` has other implementations for the gradients.
     """
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    attention = kernel_attn, in_attn, out_attn, tap_attn
-    kernel_attn, in_attn, out_attn, tap_attn = attention = [
-        None if t is None else t.to(torch.float32).contiguous() for t in attention]
     (_, I, H, W), num_kernels, kernel_size = x.shape, kernel_attn.shape[1], tuple(weight.shape[2:])
     O, stride, padding, dilation = len(weight) // num_kernels, tuple(stride), tuple(padding), tuple(dilation)
+    attention = [
+        None if t is None else t.to(torch.float32).contiguous() for t in (kernel_attn, in_attn, out_attn, tap_attn)]
     shift = None
     if bias is not None:
-        shift = kernel_attn[0] @ bias.view(num_kernels, O)
-        shift = shift if out_attn is None else shift * out_attn[0]
+        shift = attention[0][0] @ bias.to(torch.float32).reshape(num_kernels, O)
+        shift = shift if out_attn is None else shift * attention[2][0]
     height, width, padded = _sizes(H, W, kernel_size, stride, padding, dilation)
     y, memory = x.new_empty(1, height, width, O), x.new_empty(I * padded)
     _library().fmd_timm_convolve(
@@ -184,14 +183,16 @@ def is_available() -> bool:
     """Whether it can be compiled here and computes what it should; takes some seconds the first time on a machine."""
     if sys.platform != 'linux' or _library() is None:
         return False
+
     def numbers(*shape: int) -> Tensor:
         return torch.arange(math.prod(shape), dtype=torch.float32, device='cpu').reshape(shape).cos()
 
     x, weight, kernel = numbers(1, 32, 5, 5), numbers(64, 32, 3, 3), (numbers(2, 32), numbers(2))
     layer = Layer(None, None, kernel, True, [0, 0, 0], 32, weight, None, (1, 1), (1, 1), (1, 1))
-    share = F.linear(x.mean((2, 3)), *kernel).softmax(1)[0]
-    expected = F.conv2d(x, share[0] * weight[:32] + share[1] * weight[32:], padding=1)
-    return torch.allclose(layer(x), expected, rtol=1e-4, atol=1e-4)
+    share = F.linear(x.mean((2, 3)), *kernel).softmax(1)
+    expected = F.conv2d(x, share[0, 0] * weight[:32] + share[0, 1] * weight[32:], padding=1)
+    without_attention = forward(x, weight, share, None, None, None, None, (1, 1), (1, 1), (1, 1), 1)
+    return all(torch.allclose(y, expected, rtol=1e-4, atol=1e-4) for y in (layer(x), without_attention))
 
 
 @cache
@@ -204,8 +205,7 @@ def _library() -> ctypes.CDLL | None:
     of_image = ctypes.POINTER(_Layer), ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_long
     library.fmd_timm_attend.argtypes = of_image
     library.fmd_timm_forward.argtypes = *of_image, ctypes.c_void_p, ctypes.c_long, ctypes.c_long
-    library.fmd_timm_convolve.argtypes = (
-        *library.fmd_timm_forward.argtypes, *[ctypes.c_void_p] * 6)
+    library.fmd_timm_convolve.argtypes = *library.fmd_timm_forward.argtypes, *[ctypes.c_void_p] * 6
     for function in library.fmd_timm_attend, library.fmd_timm_forward, library.fmd_timm_convolve:
         function.restype = None
     return library
