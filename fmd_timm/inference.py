@@ -29,9 +29,8 @@ def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
     """A network that computes the same in evaluation mode, faster; it can't be trained or set to other temperatures.
 
     Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
-    dynamic convolutions keep their kernels in another layout too, from their first call, one for single images and one
-    for batches (where images are small beside the kernels), each as large as the kernels; for single images some C is
-    compiled then (`ops/native.py`). Save the weights before: those of the prepared network have other keys.
+    dynamic convolutions keep their kernels in another layout too, as large as they are, from their first call, when some
+    C is compiled as well (`ops/native.py`). Save the weights before: those of the prepared network have other keys.
 
     Args:
         model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.
@@ -80,12 +79,15 @@ class PreparedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         is_plain = _is_plain(x, self.weight)
-        if is_plain and len(x) == 1 and (self._native is not None or self._has_native()):
+        if is_plain and (self._native is not None or self._has_native()):
             if self._native is None:
                 self._native = self._as_native()
-            if self._is_native(x):
+            is_native = self._is_native(x)
+            if is_native and len(x) == 1:
                 return self._native(x)
-            attention = self._native.attend(x)
+            attention = self._native.attend(x) if len(x) == 1 else self.attention(x)
+            if is_native:
+                return self._native.convolve(x, *attention)
         else:
             attention = self.attention(x)
         if self.tf_same_padding:
@@ -122,7 +124,7 @@ class PreparedConv2d(nn.Module):
     def _is_native(self, x: Tensor) -> bool:
         """Whether the convolution is fastest in C too: timed as the rules in `ops/cpu.py`, which serve other cases."""
         if self.kernel_size == (1, 1):
-            return self._native.convolves and x.numel() < 500_000
+            return self._native.convolves and x[0].numel() < (500_000 if len(x) == 1 else 250_000)
         return self._native.convolves and x[0, 0].numel() > 1  # of which only one tap is more than padding
 
     def _is_product(self, x: Tensor) -> bool:

@@ -58,10 +58,10 @@ def algorithm(device: torch.device, name: str | None) -> Iterator[None]:
             yield
 
 
-def algorithms(device: torch.device, batch: int, is_forward: bool) -> tuple[str, ...]:
+def algorithms(device: torch.device, is_forward: bool) -> tuple[str, ...]:
     if device.type == 'cuda':
         return CUDA_ALGORITHMS
-    has_native = batch == 1 and is_forward and native.is_available()
+    has_native = is_forward and native.is_available()
     return tuple(name for name in CPU_ALGORITHMS if name != 'native' or has_native)
 
 
@@ -123,7 +123,7 @@ def variants(name: str, mode: str, batch: int, device: torch.device) -> dict[str
     if mode == 'infer':
         add('static prepared', prepare_for_inference(timm.create_model(name)))
         add('fmd prepared', prepare_for_inference(timm.create_model(f'{name}_fmd')))
-    for by in algorithms(device, batch, mode == 'infer'):
+    for by in algorithms(device, mode == 'infer'):
         add(f'fmd by {by}', timm.create_model(f'{name}_fmd'), by=by)
     return runs
 
@@ -230,7 +230,7 @@ def layer_variants(layer: dict, mode: str, batch: int, device: torch.device) -> 
         grad_y = torch.randn_like(F.conv2d(x, one_kernel, **conv_args))
     dynamic = {
         by: partial(run, dynamic_conv2d, x, weight, *attention, by=by)
-        for by in algorithms(device, batch, mode == 'forward')}
+        for by in algorithms(device, mode == 'forward')}
     return dict(static=partial(run, F.conv2d, x, one_kernel), **dynamic)
 
 

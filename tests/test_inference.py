@@ -21,7 +21,7 @@ from fmd_timm import (
     set_temperature,
 )
 from fmd_timm.inference import PreparedConv2d
-from fmd_timm.ops import native
+from fmd_timm.ops import cpu, native
 
 METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
 
@@ -97,22 +97,23 @@ def test_biases_and_temperatures_are_kept(conv_bias, way):
     (16, 32, 7, 2, 3, 1, (150, 145), 2),  # more than the L2 cache gets at once
 ])
 @pytest.mark.parametrize('layer', METHODS)
-@pytest.mark.parametrize('threads', [1, 3])
-def test_in_c_a_layer_computes_the_same(shape, layer, threads, compiled):
+@pytest.mark.parametrize('batch, threads', [(1, 1), (1, 3), (3, 2)])
+def test_in_c_a_layer_computes_the_same(shape, layer, batch, threads, compiled, monkeypatch):
     I, O, kernel, stride, padding, dilation, size, K = shape
     torch.manual_seed(0)
     conv = layer(I, O, kernel, stride, padding, dilation, bias=False, num_kernels=K)
     net = randomize(nn.Sequential(conv, nn.BatchNorm2d(O)))
-    x = torch.randn(1, I, *size)
+    x = torch.randn(batch, I, *size)
     expected = copy.deepcopy(net).double()(x.double())
     prepared, threads_before = PreparedConv2d(*net), torch.get_num_threads()
+    monkeypatch.setattr(PreparedConv2d, '_is_product', None)  # neither PyTorch's products
+    monkeypatch.setattr(cpu, 'forward', None)  # nor convolutions
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
             y = prepared(x)
     finally:
         torch.set_num_threads(threads_before)
-    assert prepared._native is not None and prepared._native.convolves
     assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
     assert ((y - expected).abs().max() / expected.abs().max()).item() < 2e-6
 
@@ -122,6 +123,8 @@ def test_in_c_a_wrong_number_of_channels_is_refused(compiled):
     prepared(torch.randn(1, 16, 5, 5))
     with pytest.raises(ValueError, match=r'x must have shape \(1, 16, H, W\), got \(1, 32, 5, 5\)'):
         prepared(torch.randn(1, 32, 5, 5))
+    with pytest.raises(ValueError, match=r'x must have shape \(B, 16, H, W\), got \(2, 32, 5, 5\)'):
+        prepared._native.convolve(torch.randn(2, 32, 5, 5), torch.rand(2, 4), None, None, None)
 
 
 def test_without_a_compiler_it_works_all_the_same(monkeypatch, tmp_path, caplog):

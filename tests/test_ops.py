@@ -171,6 +171,8 @@ IN_C = {  # as SHAPES, of images in channels_last
     'uneven': (1, 2, 160, 32, (1, 3), (2, 1), (0, 1), 1, 1, (4, 11)),
     'one_pixel': (1, 4, 16, 32, 3, 1, 1, 1, 1, (1, 1)),
     'wide': (1, 5, 144, 64, 7, 2, 3, 1, 1, (40, 35)),
+    'batch': (5, 4, 32, 64, 3, 1, 1, 1, 1, (7, 6)),
+    'wide_batch': (3, 2, 16, 32, 3, 1, 1, 1, 1, (61, 47)),  # chunks of rows that end within an image
 }
 
 
@@ -183,7 +185,7 @@ def convolved_in_c(monkeypatch, compiled):
     return calls
 
 
-def make_image(shape, **kwargs):
+def make_images(shape, **kwargs):
     tensors, conv_args = make_inputs(*shape, dtype=torch.float32, **kwargs)
     for name in 'x', 'weight':
         tensors[name] = tensors[name].detach().to(memory_format=torch.channels_last).requires_grad_()
@@ -194,7 +196,7 @@ def make_image(shape, **kwargs):
 @pytest.mark.parametrize('tap_attn', [False, True], ids=['', 'taps'])
 @pytest.mark.parametrize('shape', IN_C.values(), ids=IN_C)
 def test_in_c_outputs_and_gradients_stay_close_to_float64(shape, tap_attn, threads, convolved_in_c):
-    tensors, conv_args = make_image(shape, tap_attn=tap_attn)
+    tensors, conv_args = make_images(shape, tap_attn=tap_attn)
     exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -212,9 +214,18 @@ def test_in_c_outputs_and_gradients_stay_close_to_float64(shape, tap_attn, threa
         assert error < 1e-5, f'{name}: relative error {error:.1e}'
 
 
+@pytest.mark.parametrize('images', [1, 2, 5])
+def test_in_c_images_may_be_convolved_in_groups(images, monkeypatch, convolved_in_c):
+    tensors, conv_args = make_images(IN_C['batch'])
+    expected = dynamic_conv2d(**tensors, **conv_args)
+    monkeypatch.setattr(native, 'GROUP_BYTES', images * 4 * 32 * 9 * 8)
+    assert torch.equal(dynamic_conv2d(**tensors, **conv_args), expected)
+    assert len(convolved_in_c) == 2
+
+
 @pytest.mark.parametrize('left_out', [(), ('in_attn',), ('out_attn',), ('bias',), ('in_attn', 'out_attn', 'bias')])
 def test_in_c_attention_and_bias_may_be_missing(left_out, convolved_in_c):
-    tensors, conv_args = make_image(IN_C['3x3'])
+    tensors, conv_args = make_images(IN_C['batch'])
     tensors = {name: t.detach() for name, t in tensors.items() if name not in left_out}
     y = dynamic_conv2d(**tensors, **conv_args)
     assert len(convolved_in_c) == 1
@@ -223,7 +234,7 @@ def test_in_c_attention_and_bias_may_be_missing(left_out, convolved_in_c):
 
 
 def test_in_c_attention_and_bias_may_have_any_dtype_and_strides(convolved_in_c):
-    tensors, conv_args = make_image(IN_C['3x3'])
+    tensors, conv_args = make_images(IN_C['batch'])
     expected = dynamic_conv2d(**tensors, **conv_args)
     for name in 'kernel_attn', 'in_attn', 'out_attn', 'bias':
         tensors[name] = torch.stack([tensors[name], torch.zeros_like(tensors[name])], -1)[..., 0].double()
@@ -232,7 +243,6 @@ def test_in_c_attention_and_bias_may_have_any_dtype_and_strides(convolved_in_c):
 
 
 @pytest.mark.parametrize('shape, layout, dtype', [
-    ((2, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.float32),
     ((1, 1, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.float32),
     ((1, 4, 24, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.float32),
     ((1, 4, 32, 48, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.float32),
@@ -240,7 +250,7 @@ def test_in_c_attention_and_bias_may_have_any_dtype_and_strides(convolved_in_c):
     ((1, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.contiguous_format, torch.float32),
     ((1, 4, 32, 64, 3, 1, 1, 1, 1, (7, 7)), torch.channels_last, torch.bfloat16),
     ((1, 4, 64, 32, 1, 1, 0, 1, 1, (63, 63)), torch.channels_last, torch.float32),
-], ids=['batch', 'one_kernel', 'C_in', 'C_out', 'groups', 'nchw', 'bfloat16', 'many_pixels'])
+], ids=['one_kernel', 'C_in', 'C_out', 'groups', 'nchw', 'bfloat16', 'many_pixels'])
 def test_what_c_does_not_take_or_not_sooner_stays_with_pytorch(shape, layout, dtype, monkeypatch, compiled):
     monkeypatch.setattr(native, 'forward', None)
     tensors, conv_args = make_inputs(*shape, dtype=dtype)

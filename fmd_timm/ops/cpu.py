@@ -30,7 +30,7 @@ def choose(
 ) -> ModuleType:
     """The implementation for images of `image_numbers` = I * H * W, with `out_pixels` = H' * W' results per channel.
 
-    `fits_native`: it is the forward pass of a single image, and one that `native.forward` takes as it lies in memory.
+    `fits_native`: it is a forward pass, and one that `native.forward` takes as it lies in memory.
     """
     if fits_native and (not pointwise or image_numbers < 250_000):
         return native
@@ -118,7 +118,7 @@ def _crop_taps(tap_attn: Tensor | None, weight: Tensor, live: tuple[slice, slice
 
 def _fits_native(x, weight, kernel_attn, groups) -> bool:
     return (
-        len(x) == 1 and x.dtype == torch.float32 and groups == 1 and kernel_attn is not None
+        x.dtype == torch.float32 and groups == 1 and kernel_attn is not None
         and all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
         and native.takes(weight, kernel_attn.shape[1]) and native.is_available()
     )

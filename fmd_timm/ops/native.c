@@ -1,5 +1,5 @@
-// The attention of one image, and its convolution with the mixture of K kernels. `native.py` compiles this and says
-// what it is for. Vectors are GCC's and Clang's own, as wide as those of the processor.
+// The attention of one image, and convolutions of images with their mixtures of K kernels. `native.py` compiles this and
+// says what it is for. Vectors are GCC's and Clang's own, as wide as those of the processor.
 
 #include <math.h>
 
@@ -40,16 +40,17 @@ typedef struct {
 typedef struct {
     const Layer *layer;
     const float *weight;  // the kernels where there is no bank: (K, O, R)
-    const float *shift;   // (O) or null
-    const float *x;       // (H, W, I)
-    long height, width, threads;
+    const float *shift;   // (O), or of every image, or null
+    long shifts;          // from one image's shift to the next: 0 or O
+    const float *x;       // (B, H, W, I)
+    long images, height, width, threads;
     float *share, *gates; // results of the attention
     float *pooled, *squeezed;
-    const float *in_attn, *out_attn, *tap_attn;  // null is 1 everywhere
+    const float *in_attn, *out_attn, *tap_attn;  // of every image; null is 1 everywhere
     long out_height, out_width;
     long rows, columns;   // that are read of each channel, of every stride-th column
-    float *padded;        // (rows, I, stride, columns)
-    float *y;             // (out_height, out_width, O)
+    float *padded;        // (B, rows, I, stride, columns)
+    float *y;             // (B, out_height, out_width, O)
 } Pass;
 
 static float apply(const Linear *map, const float *x, long output) {
@@ -112,11 +113,12 @@ static void attend(const Pass *p) {
     }
 }
 
-// A row of the image with its padding, the channels outside and every stride-th column together, so that the pixels
+// A row of an image with its padding, the channels outside and every stride-th column together, so that the pixels
 // that meet one weight lie side by side.
 static void pad(const Pass *p, long row) {
     const Layer *layer = p->layer;
-    long I = layer->in_channels, stride = layer->stride[1], from_row = row - layer->padding[0];
+    long I = layer->in_channels, stride = layer->stride[1], from_row = row % p->rows - layer->padding[0];
+    const float *x = p->x + (row / p->rows * p->height + from_row) * p->width * I;
     float *to = p->padded + row * I * stride * p->columns;
     for (long phase = 0; phase < stride; phase++)
         for (long first = 0; first < p->columns; first += WIDTH) {
@@ -127,7 +129,7 @@ static void pad(const Pass *p, long row) {
                     long column = (first + m) * stride + phase - layer->padding[1];
                     vec values = {0};
                     if (from_row >= 0 && from_row < p->height && column >= 0 && column < p->width)
-                        values = *(const vec *)(p->x + (from_row * p->width + column) * I + channel);
+                        values = *(const vec *)(x + column * I + channel);
                     *(vec *)square[m] = values;
                 }
                 for (int l = 0; l < WIDTH; l++)
@@ -277,38 +279,43 @@ static Tile *const tiles[] = {
 #endif
 };
 
-// The output channels o to o + O_BLOCK of the rows: for each tap, the pixels times the tap's mixed kernel (I, O), in
-// panels of R_PANEL rows, which are mixed into the L1 cache and multiplied with all pixels.
+// The output channels o to o + O_BLOCK of the rows, counted through all images: for each tap, the pixels times the tap's
+// kernel (I, O) of their image, in panels of R_PANEL rows, which are mixed into the L1 cache.
 static void multiply(const Pass *p, long o, long first_row, long last_row) {
     const Layer *layer = p->layer;
     long I = layer->in_channels, O = layer->out_channels, K = layer->kernels, width = p->out_width;
-    long R = layer->taps[0] * layer->taps[1] * I;
+    long taps = layer->taps[0] * layer->taps[1], R = taps * I;
     long step = layer->stride[1] * p->columns, parts = (width + COLUMNS - 1) / COLUMNS;
     float panel[R_PANEL * O_BLOCK] __attribute__((aligned(LINE)));
     for (long start = 0, n; start < R; start += n) {
         long channel = start % I, tap = start / I;
         n = I - channel < R_PANEL ? I - channel : R_PANEL;
         long i = tap / layer->taps[1] * layer->dilation[0], j = tap % layer->taps[1] * layer->dilation[1];
-        const float *x = p->padded + (i * I + channel) * step
-            + j % layer->stride[1] * p->columns + j / layer->stride[1];
         // Reading is slow and must go on all the time: a run of the next panel during each tile, as far as there are
         // tiles, the rest while this panel is mixed.
         Source s = source(p, o, start, n);
         long calls = (last_row - first_row) * parts * (O_BLOCK / (2 * WIDTH)), call = 0;
-        (layer->bank ? mix_bank : mix_rows)(
-            &s, p->share, p->in_attn ? p->in_attn + channel : 0, p->tap_attn ? p->tap_attn[tap] : 1, K, calls, panel);
         int is_first = !start, is_last = start + n == R;
-        for (long to = o; to < o + O_BLOCK; to += 2 * WIDTH)
-            for (long row = first_row; row < last_row; row++)
-                for (long part = 0; part < parts; part++, call++) {
-                    long column = part * width / parts, count = (part + 1) * width / parts - column;
-                    Run ahead = call < 2 * K ? run(&s, call) : (Run){0};
-                    tiles[count](
-                        x + row * layer->stride[0] * I * step + column, step, panel + to - o, n,
-                        p->y + (row * width + column) * O + to, O, is_first,
-                        is_last && p->out_attn ? p->out_attn + to : 0, is_last && p->shift ? p->shift + to : 0,
-                        &ahead);
-                }
+        for (long image = first_row / p->out_height; image * p->out_height < last_row; image++) {
+            long begin = image * p->out_height, end = begin + p->out_height;
+            (layer->bank ? mix_bank : mix_rows)(
+                &s, p->share + image * K, p->in_attn ? p->in_attn + image * I + channel : 0,
+                p->tap_attn ? p->tap_attn[image * taps + tap] : 1, K, call ? 2 * K : calls, panel);
+            const float *scale = is_last && p->out_attn ? p->out_attn + image * O : 0;
+            const float *shift = is_last && p->shift ? p->shift + image * p->shifts : 0;
+            const float *x = p->padded + ((image * p->rows + i) * I + channel) * step
+                + j % layer->stride[1] * p->columns + j / layer->stride[1];
+            for (long to = o; to < o + O_BLOCK; to += 2 * WIDTH)
+                for (long row = first_row > begin ? first_row : begin; row < last_row && row < end; row++)
+                    for (long part = 0; part < parts; part++, call++) {
+                        long column = part * width / parts, count = (part + 1) * width / parts - column;
+                        Run ahead = call < 2 * K ? run(&s, call) : (Run){0};
+                        tiles[count](
+                            x + (row - begin) * layer->stride[0] * I * step + column, step, panel + to - o, n,
+                            p->y + (row * width + column) * O + to, O, is_first,
+                            scale ? scale + to : 0, shift ? shift + to : 0, &ahead);
+                    }
+        }
     }
 }
 
@@ -316,8 +323,8 @@ static void convolve(const Pass *p) {
     // Work is shared out in blocks of channels, and in chunks of rows that stay in the L2 cache and give each thread a
     // part of the image, unless reading the kernels once more for each chunk would take longer.
     const Layer *layer = p->layer;
-    long height = p->out_height, blocks = layer->out_channels / O_BLOCK, chunks = (p->threads + blocks - 1) / blocks;
-    long image = p->rows * layer->in_channels * layer->stride[1] * p->columns;
+    long height = p->images * p->out_height, blocks = layer->out_channels / O_BLOCK, chunks = (p->threads + blocks - 1) / blocks;
+    long image = p->images * p->rows * layer->in_channels * layer->stride[1] * p->columns;
     if (layer->taps[0] * layer->taps[1] * layer->in_channels * layer->out_channels * layer->kernels < 8 * image) {
         long for_cache = image * (long)sizeof(float) / CHUNK + 1;
         chunks = for_cache > p->threads ? for_cache : p->threads;
@@ -326,7 +333,7 @@ static void convolve(const Pass *p) {
     #pragma omp parallel num_threads(p->threads)
     {
         #pragma omp for schedule(static)
-        for (long row = 0; row < p->rows; row++) pad(p, row);
+        for (long row = 0; row < p->images * p->rows; row++) pad(p, row);
         #pragma omp for schedule(static)
         for (long piece = 0; piece < blocks * chunks; piece++) {
             long chunk = piece / blocks;
@@ -336,7 +343,7 @@ static void convolve(const Pass *p) {
 }
 
 static Pass pass(const Layer *layer, const float *x, long height, long width, float *memory, long threads) {
-    Pass p = {.layer = layer, .x = x, .height = height, .width = width, .threads = threads};
+    Pass p = {.layer = layer, .x = x, .images = 1, .height = height, .width = width, .threads = threads};
     p.share = memory;
     p.gates = p.share + layer->kernels;
     p.pooled = p.gates + layer->gates.outputs;
@@ -373,13 +380,22 @@ void fmd_timm_forward(
     into(&p, y, out_height, out_width);
 }
 
-// Into y, with attention that is given. `memory` has room for the padded image.
+// Into y, of a number of images with attention that is given. Those of a group share each panel that is read; `memory`
+// has room for them, padded.
 void fmd_timm_convolve(
         const Layer *layer, const float *x, long height, long width, float *memory, long threads,
-        float *y, long out_height, long out_width, const float *weight, const float *shift,
-        float *share, const float *in_attn, const float *out_attn, const float *tap_attn) {
-    Pass p = {
-        .layer = layer, .weight = weight, .shift = shift, .x = x, .height = height, .width = width, .threads = threads,
-        .share = share, .in_attn = in_attn, .out_attn = out_attn, .tap_attn = tap_attn, .padded = memory};
-    into(&p, y, out_height, out_width);
+        float *y, long out_height, long out_width, long images, long group, const float *weight,
+        float *share, const float *in_attn, const float *out_attn, const float *tap_attn,
+        const float *shift, long shifts) {
+    long I = layer->in_channels, O = layer->out_channels;
+    for (long image = 0; image < images; image += group) {
+        Pass p = {
+            .layer = layer, .weight = weight, .shift = shift ? shift + image * shifts : 0, .shifts = shifts,
+            .x = x + image * height * width * I, .images = images - image < group ? images - image : group,
+            .height = height, .width = width, .threads = threads, .padded = memory,
+            .share = share + image * layer->kernels, .in_attn = in_attn ? in_attn + image * I : 0,
+            .out_attn = out_attn ? out_attn + image * O : 0,
+            .tap_attn = tap_attn ? tap_attn + image * layer->taps[0] * layer->taps[1] : 0};
+        into(&p, y + image * out_height * out_width * O, out_height, out_width);
+    }
 }

@@ -1,8 +1,8 @@
-"""Dynamic convolution of a single image on the CPU, in C; in prepared networks together with its attention.
+"""Dynamic convolution on the CPU in C; of a single image in a prepared network together with its attention.
 
 A single image pays for reading K kernels where a static convolution reads one, and matrix products by PyTorch can't do
-anything else meanwhile. `native.c` fetches the next kernels while it multiplies by the last ones, and has no
-intermediate results. It is compiled for this machine, by its own C compiler, when it is first needed, and kept in the
+anything else meanwhile. `native.c` fetches the next kernels while it multiplies by the last ones. Images of a batch pay
+for mixing: here it goes from cache to cache, and nothing else than the result is written to memory. It is compiled for this machine, by its own C compiler, when it is first needed, and kept in the
 user's cache folder ($XDG_CACHE_HOME/fmd_timm, by default ~/.cache/fmd_timm); where that is not possible, PyTorch does
 the same.
 """
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -32,6 +33,7 @@ SOURCE = Path(__file__).with_suffix('.c')
 FLAGS = '-O3', '-march=native', '-std=gnu11', '-fPIC', '-shared', '-fopenmp'  # PyTorch's own libgomp, loaded already
 LIBRARIES = '-lm',
 O_BLOCK, WIDTH = 32, 16  # output channels of a block and the widest vector of native.c
+GROUP_BYTES = 2**20  # of padded images for which kernels are read once: as many as stay in the L2 cache
 
 _Pair = ctypes.c_long * 2
 
@@ -60,26 +62,36 @@ def takes(weight: Tensor, num_kernels: int) -> bool:
 
 
 def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
-    """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; what `takes` says, B = 1, groups = 1, x float32.
+    """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; what `takes` says, B > 0, groups = 1, x float32.
 
     Kernels are read as they lie in memory, channels_last; others are copied first, as are images. There is no backward
     pass in C: `cpu.choose` has other implementations for the gradients.
     """
-    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    (_, I, H, W), num_kernels, kernel_size = x.shape, kernel_attn.shape[1], tuple(weight.shape[2:])
-    O, stride, padding, dilation = len(weight) // num_kernels, tuple(stride), tuple(padding), tuple(dilation)
-    attention = [
-        None if t is None else t.to(torch.float32).contiguous() for t in (kernel_attn, in_attn, out_attn, tap_attn)]
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    num_kernels = kernel_attn.shape[1]
+    O, I, *kernel_size = len(weight) // num_kernels, *weight.shape[1:]
     shift = None
     if bias is not None:
-        shift = attention[0][0] @ bias.to(torch.float32).reshape(num_kernels, O)
-        shift = shift if out_attn is None else shift * attention[2][0]
-    height, width, padded = _sizes(H, W, kernel_size, stride, padding, dilation)
-    y, memory = x.new_empty(1, height, width, O), x.new_empty(I * padded)
+        shift = kernel_attn.to(bias.dtype) @ bias.reshape(num_kernels, O)
+        shift = shift if out_attn is None else shift * out_attn
+    layer = _without_attention(
+        I, O, num_kernels, *(tuple(pair) for pair in (kernel_size, stride, padding, dilation)))
+    return _convolve(layer, x, (kernel_attn, in_attn, out_attn, tap_attn), weight, shift)
+
+
+def _convolve(layer: _Layer, x: Tensor, attention: Iterable[Tensor | None], weight: Tensor | None, shift) -> Tensor:
+    """`weight` for a layer without a bank; `shift` (O,) or (B, O)"""
+    x = x.contiguous(memory_format=torch.channels_last)
+    tensors = [None if t is None else t.to(torch.float32).contiguous() for t in (*attention, shift)]
+    B, I, H, W = x.shape
+    height, width, padded = _sizes(
+        H, W, *(tuple(pair) for pair in (layer.taps, layer.stride, layer.padding, layer.dilation)))
+    group = min(max(GROUP_BYTES // (I * padded * x.element_size()), 1), B)
+    y, memory = x.new_empty(B, height, width, layer.out_channels), x.new_empty(group * I * padded)
     _library().fmd_timm_convolve(
-        _without_attention(I, O, num_kernels, kernel_size, stride, padding, dilation),
-        x.data_ptr(), H, W, memory.data_ptr(), torch.get_num_threads(), y.data_ptr(), height, width,
-        *(None if t is None else t.data_ptr() for t in (weight, shift, *attention)))
+        layer, x.data_ptr(), H, W, memory.data_ptr(), torch.get_num_threads(), y.data_ptr(), height, width, B, group,
+        *(None if t is None else t.data_ptr() for t in (weight, *tensors)),
+        0 if shift is None or shift.ndim == 1 else layer.out_channels)
     return y.permute(0, 3, 1, 2)
 
 
@@ -90,7 +102,7 @@ def _without_attention(I, O, num_kernels, *pairs) -> _Layer:
 
 
 class Layer:
-    """Attention and dynamic convolution of float32 images (1, I, H, W), with groups = 1 and more than one kernel.
+    """Attention and dynamic convolution of float32 images (B, I, H, W), with groups = 1 and more than one kernel.
 
     Weights (out, in) and biases of the linear maps, `competes` and `gate_sizes` are those of
     `fmd_timm.layers.attention.FoldedAttention`. All tensors are float32 and must not be changed.
@@ -107,7 +119,7 @@ class Layer:
         stride: Vertical and horizontal, as are `padding` and `dilation`.
 
     Raises:
-        ValueError: An image given to it has another number of channels, or is not one.
+        ValueError: Images given to it have another number of channels, or are not one where one is expected.
     """
 
     def __init__(
@@ -129,10 +141,11 @@ class Layer:
             *(None if t is None else t.data_ptr() for t in (bank, shift)),
             in_channels, self.out_channels, self.num_kernels,
             *(_Pair(*pair) for pair in (self.kernel_size, stride, padding, dilation)))
-        self.tensors = squeeze, gates, kernel, bank, shift  # as long as `layer` points into them
+        self.tensors = squeeze, gates, kernel, bank  # as long as `layer` points into them
+        self.shift = shift
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """kernel_attn, in_attn, out_attn and tap_attn of `fmd_timm.ops.dynamic_conv2d`"""
+        """kernel_attn, in_attn, out_attn and tap_attn of `fmd_timm.ops.dynamic_conv2d` for one image"""
         x = self._checked(x)
         memory = x.new_empty(1, self.features)
         _library().fmd_timm_attend(
@@ -142,7 +155,7 @@ class Layer:
         return kernel_attn, *(gate if size else None for gate, size in zip(gates, self.gate_sizes))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The result of attention and convolution (1, O, H', W'), channels_last."""
+        """The result of attention and convolution for one image (1, O, H', W'), channels_last."""
         x = self._checked(x)
         _, I, H, W = x.shape
         height, width, padded = _sizes(H, W, self.kernel_size, self.stride, self.padding, self.dilation)
@@ -152,6 +165,12 @@ class Layer:
             ctypes.byref(self.layer), x.data_ptr(), H, W, memory.data_ptr(), torch.get_num_threads(),
             y.data_ptr(), height, width)
         return y.permute(0, 3, 1, 2)
+
+    def convolve(self, x: Tensor, *attention: Tensor | None) -> Tensor:
+        """The same for more images (B, O, H', W'), whose attention is given as in `attend`."""
+        if x.shape[1] != self.layer.in_channels:
+            raise ValueError(f'x must have shape (B, {self.layer.in_channels}, H, W), got {tuple(x.shape)}')
+        return _convolve(self.layer, x, attention, None, self.shift)
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.shape[:2] != (1, self.layer.in_channels):
@@ -205,7 +224,8 @@ def _library() -> ctypes.CDLL | None:
     of_image = ctypes.POINTER(_Layer), ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_long
     library.fmd_timm_attend.argtypes = of_image
     library.fmd_timm_forward.argtypes = *of_image, ctypes.c_void_p, ctypes.c_long, ctypes.c_long
-    library.fmd_timm_convolve.argtypes = *library.fmd_timm_forward.argtypes, *[ctypes.c_void_p] * 6
+    library.fmd_timm_convolve.argtypes = (
+        *library.fmd_timm_forward.argtypes, *[ctypes.c_long] * 2, *[ctypes.c_void_p] * 6, ctypes.c_long)
     for function in library.fmd_timm_attend, library.fmd_timm_forward, library.fmd_timm_convolve:
         function.restype = None
     return library
