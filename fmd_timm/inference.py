@@ -29,8 +29,8 @@ def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
     """A network that computes the same in evaluation mode, faster; it can't be trained or set to other temperatures.
 
     Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
-    dynamic convolutions keep their kernels in another layout too, as large as they are, from their first call, when some
-    C is compiled as well (`ops/native.py`). Save the weights before: those of the prepared network have other keys.
+    dynamic convolutions keep their kernels in another layout too, as large as they are, from their first call, and some
+    C is compiled then (`ops/native.py`). Save the weights before: those of the prepared network have other keys.
 
     Args:
         model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.

@@ -68,7 +68,8 @@ def test_layers_of_a_network_are_its_dynamic_convolutions():
 
 
 @pytest.mark.parametrize(
-    'module', [reference, dense, gemm, per_image, hybrid, native], ids=lambda module: module.__name__.rpartition('.')[2])
+    'module', [reference, dense, gemm, per_image, hybrid, native],
+    ids=lambda module: module.__name__.rpartition('.')[2])
 def test_an_algorithm_is_forced_on_every_layer(module):
     name = module.__name__.rpartition('.')[2]
     with bench.algorithm(torch.device('cpu'), name):

@@ -1,5 +1,5 @@
-// The attention of one image, and convolutions of images with their mixtures of K kernels. `native.py` compiles this and
-// says what it is for. Vectors are GCC's and Clang's own, as wide as those of the processor.
+// The attention of one image, and convolutions of images with their mixtures of K kernels. `native.py` compiles this
+// and says what it is for. Vectors are GCC's and Clang's own, as wide as those of the processor.
 
 #include <math.h>
 
@@ -279,8 +279,8 @@ static Tile *const tiles[] = {
 #endif
 };
 
-// The output channels o to o + O_BLOCK of the rows, counted through all images: for each tap, the pixels times the tap's
-// kernel (I, O) of their image, in panels of R_PANEL rows, which are mixed into the L1 cache.
+// The output channels o to o + O_BLOCK of the rows, counted through all images: for each tap, the pixels times its
+// kernel (I, O) for their image, in panels of R_PANEL rows, which are mixed into the L1 cache.
 static void multiply(const Pass *p, long o, long first_row, long last_row) {
     const Layer *layer = p->layer;
     long I = layer->in_channels, O = layer->out_channels, K = layer->kernels, width = p->out_width;
@@ -323,10 +323,11 @@ static void convolve(const Pass *p) {
     // Work is shared out in blocks of channels, and in chunks of rows that stay in the L2 cache and give each thread a
     // part of the image, unless reading the kernels once more for each chunk would take longer.
     const Layer *layer = p->layer;
-    long height = p->images * p->out_height, blocks = layer->out_channels / O_BLOCK, chunks = (p->threads + blocks - 1) / blocks;
-    long image = p->images * p->rows * layer->in_channels * layer->stride[1] * p->columns;
-    if (layer->taps[0] * layer->taps[1] * layer->in_channels * layer->out_channels * layer->kernels < 8 * image) {
-        long for_cache = image * (long)sizeof(float) / CHUNK + 1;
+    long blocks = layer->out_channels / O_BLOCK, chunks = (p->threads + blocks - 1) / blocks;
+    long height = p->images * p->out_height;
+    long padded = p->images * p->rows * layer->in_channels * layer->stride[1] * p->columns;
+    if (layer->taps[0] * layer->taps[1] * layer->in_channels * layer->out_channels * layer->kernels < 8 * padded) {
+        long for_cache = padded * (long)sizeof(float) / CHUNK + 1;
         chunks = for_cache > p->threads ? for_cache : p->threads;
     }
     if (chunks > height) chunks = height;

@@ -2,9 +2,9 @@
 
 A single image pays for reading K kernels where a static convolution reads one, and matrix products by PyTorch can't do
 anything else meanwhile. `native.c` fetches the next kernels while it multiplies by the last ones. Images of a batch pay
-for mixing: here it goes from cache to cache, and nothing else than the result is written to memory. It is compiled for this machine, by its own C compiler, when it is first needed, and kept in the
-user's cache folder ($XDG_CACHE_HOME/fmd_timm, by default ~/.cache/fmd_timm); where that is not possible, PyTorch does
-the same.
+for mixing: here it goes from cache to cache, and nothing but the result is written to memory. It is compiled for this
+machine, by its own C compiler, when it is first needed, and kept in the user's cache folder ($XDG_CACHE_HOME/fmd_timm,
+by default ~/.cache/fmd_timm); where that is not possible, PyTorch does the same.
 """
 import contextlib
 import ctypes
