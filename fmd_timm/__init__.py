@@ -3,10 +3,10 @@
 Importing this package registers its models with `timm.create_model`.
 """
 from . import models  # registers the models
+from .authors import load_official_state_dict
 from .inference import prepare_for_inference
 from .inflate import inflate, inflate_state_dict
 from .layers import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d, make_dynamic, set_temperature
-from .official import load_official_state_dict
 from .ops import dynamic_conv2d
 
 __version__ = '0.1.0'

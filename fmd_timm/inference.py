@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import DynamicConv2d
 from .layers.attention import FoldedAttention, norm_as_affine
-from .ops import cpu, dynamic_conv2d, native, prepared
+from .ops import c_conv, cpu, dynamic_conv2d, prepared
 
 __all__ = ['prepare_for_inference']
 
@@ -30,7 +30,7 @@ def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
     dynamic convolutions keep their kernels in another layout too, as large as they are, from their first call, and some
-    C is compiled then (`ops/native.py`). Save the weights before: those of the prepared network have other keys.
+    C is compiled then (`ops/c_conv.py`). Save the weights before: those of the prepared network have other keys.
 
     Args:
         model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.
@@ -107,17 +107,17 @@ class PreparedConv2d(nn.Module):
     def _has_native(self) -> bool:
         """Whether the attention at least can be computed in C."""
         return (
-            isinstance(self.attention, FoldedAttention) and native.takes(self.weight, self.num_kernels)
-            and native.is_available()
+            isinstance(self.attention, FoldedAttention) and c_conv.takes(self.weight, self.num_kernels)
+            and c_conv.is_available()
         )
 
-    def _as_native(self) -> native.Layer:
+    def _as_native(self) -> c_conv.Layer:
         attention = self.attention
         maps = [None if weight is None else (weight, bias) for weight, bias in (
             (attention.squeeze_weight, attention.squeeze_bias), (attention.gates_weight, attention.gates_bias),
             (attention.kernel_weight, attention.kernel_bias))]
         is_convolved = self.groups == 1 and self.bias is None and not self.tf_same_padding
-        return native.Layer(
+        return c_conv.Layer(
             *maps, attention.competes, attention.gate_sizes, self.groups * self.weight.shape[1],
             self.weight if is_convolved else None, self.shift, self.stride, self.padding, self.dilation)
 

@@ -25,20 +25,21 @@ from unittest.mock import patch
 import timm
 import torch
 import torch.nn.functional as F
-from measure import command_line, device_name, git_commit, synchronize, versions
+from _measure import command_line, device_name, git_commit, synchronize, versions
 from torch import nn
 from tqdm import tqdm
 
 from fmd_timm import FMDConv2d, dynamic_conv2d, prepare_for_inference
-from fmd_timm.ops import cpu, cuda, dense, gemm, hybrid, native, per_image, reference
+from fmd_timm.ops import c_conv, cpu, cuda, hybrid, im2col, per_image, per_kernel, reference
 
 RESULTS = Path(__file__).parent / 'results' / 'bench'
 IMAGE_SIZE = 224  # pixels
 METHODS = 'fmd', 'od', 'dy', 'cond'
 STATIC = 'static', 'static channels_last'
 CPU_ALGORITHMS = {
-    'reference': reference, 'dense': dense, 'gemm': gemm, 'per_image': per_image, 'hybrid': hybrid, 'native': native}
-CUDA_ALGORITHMS = 'reference', 'dense', 'materialised', 'fused'
+    'reference': reference, 'per_kernel': per_kernel, 'im2col': im2col, 'per_image': per_image, 'hybrid': hybrid,
+    'c_conv': c_conv}
+CUDA_ALGORITHMS = 'reference', 'per_kernel', 'materialised', 'fused'
 WHAT = {  # case of the table -> its label, the variant that it is about
     'train': ('training step', 'fmd'),
     'infer': ('inference', 'fmd prepared'),
@@ -61,8 +62,8 @@ def algorithm(device: torch.device, name: str | None) -> Iterator[None]:
 def algorithms(device: torch.device, is_forward: bool) -> tuple[str, ...]:
     if device.type == 'cuda':
         return CUDA_ALGORITHMS
-    has_native = is_forward and native.is_available()
-    return tuple(name for name in CPU_ALGORITHMS if name != 'native' or has_native)
+    has_native = is_forward and c_conv.is_available()
+    return tuple(name for name in CPU_ALGORITHMS if name != 'c_conv' or has_native)
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -2,7 +2,7 @@
 [--seeds 3] [--output FOLDER] [--option value ...]
 
 Trains each model with the very same recipe, which is the preset's but for the options of `recipes/train.py` that are
-given here too. First `recipes/timing.py` times all models in turn, which also finds what can't run before hours of
+given here too. First `recipes/_timing.py` times all models in turn, which also finds what can't run before hours of
 training; then the models train one after the other, seed by seed, each run in a process of its own. The output folder
 gets `timing.json`, the runs in `<model>/seed_<n>/`, and from their records `comparison.json`, `table.md` and the
 pictures `training` and `inference` (PNG and SVG).
@@ -21,12 +21,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import report
+import _report
 import timm
 import torch
+from _measure import device_name, use_all_cores, versions
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from measure import device_name, use_all_cores, versions
 from train import PRESETS, Recipe, check_recipe, parse_arguments
 
 from fmd_timm import DynamicConv2d
@@ -105,7 +105,7 @@ def run_recipe(state: PartialState, script: str, arguments: list[str]) -> bool:
 
 
 def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Path, shared: list[str]) -> None:
-    # What can be refused at once; recipes/timing.py refuses the rest
+    # What can be refused at once; recipes/_timing.py refuses the rest
     for name in models:
         check_recipe(dataclasses.replace(recipe, model=name))
     models = static_first(models)
@@ -113,12 +113,12 @@ def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Pat
     use_all_cores(state)
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env('ACCELERATE_USE_CPU')
     device = torch.device('cuda', state.local_process_index) if on_gpu else state.device
-    found = report.read_records(output)
+    found = _report.read_records(output)
     if found:
         here = dict(
             next(iter(found.values())), recipe=dataclasses.asdict(recipe), device=device_name(device),
             device_count=state.num_processes, versions=versions())
-        report.check_comparable({Path('this run'): here, **found})
+        _report.check_comparable({Path('this run'): here, **found})
     if state.is_main_process:
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Pat
 
     timed = found.get(output / 'timing.json', {}).get('models', [])
     if timed != models and not run_recipe(
-            state, 'timing.py', [*shared, '--models', *models, '--output', str(output)]):
+            state, '_timing.py', [*shared, '--models', *models, '--output', str(output)]):
         raise SystemExit('a model could not be timed, and none was trained: see the error above')
 
     runs = [(name, seed, output / name / f'seed_{seed}') for seed in range(seeds) for name in models]
@@ -146,7 +146,7 @@ def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Pat
         elif state.is_main_process:
             shutil.rmtree(folder / 'checkpoints')
     if state.is_main_process:
-        print(report.write(output))
+        print(_report.write(output))
     if failed:
         raise SystemExit(f'failed, and left out of the table: {", ".join(failed)}; the same command tries again')
     state.destroy_process_group()

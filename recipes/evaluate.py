@@ -6,11 +6,11 @@ repository (`hf-hub:org/name`) or a model with a tag that is registered in timm 
 import argparse
 
 import torch
+from _data import VALIDATION_SPLITS, LabelledImages, Normalize, choose_split, eval_transform, open_dataset
+from _measure import count_gmacs, device_name, peak_memory_mib, score, time_inference, use_all_cores
+from _start import find_source, load_network
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from data import VALIDATION_SPLITS, LabelledImages, Normalize, choose_split, eval_transform, open_dataset
-from measure import count_gmacs, device_name, peak_memory_mib, score, time_inference, use_all_cores
-from pretrained import find_source, load_network
 from timm.data import resolve_model_data_config
 from torch.utils.data import DataLoader
 

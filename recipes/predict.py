@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 import torch
+from _start import find_source, load_network
 from PIL import Image, ImageOps
-from pretrained import find_source, load_network
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 

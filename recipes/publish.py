@@ -20,10 +20,10 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from _start import sha256
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from pretrained import sha256
 from timm.models import filter_pretrained_cfg
 
 import fmd_timm

@@ -17,14 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import learning
+import _checkpoints
+import _optim
 import timm
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from data import (
+from _data import (
     VALIDATION_SPLITS,
     LabelledImages,
     Normalize,
@@ -33,7 +30,7 @@ from data import (
     open_dataset,
     train_transform,
 )
-from measure import (
+from _measure import (
     command_line,
     count_gmacs,
     device_name,
@@ -45,7 +42,10 @@ from measure import (
     use_all_cores,
     versions,
 )
-from pretrained import find_source, load_network
+from _start import find_source, load_network
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
@@ -201,7 +201,7 @@ def check_recipe(recipe: Recipe) -> None:
         if not 0 <= getattr(recipe, name) < math.inf:
             refuse(name, 'at least 0')
     choices_of = dict(
-        crop=('rrc', 'pad'), precision=('auto', 'bf16', 'fp16', 'fp32'), freeze=(None, *learning.FREEZABLE))
+        crop=('rrc', 'pad'), precision=('auto', 'bf16', 'fp16', 'fp32'), freeze=(None, *_optim.FREEZABLE))
     for name, choices in choices_of.items():
         if getattr(recipe, name) not in choices:
             refuse(name, f'one of {", ".join(filter(None, choices))}')
@@ -343,13 +343,13 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         temperature=30.0 if recipe.temperature is None and origin is None else recipe.temperature,
     )
     parameters = sum(p.numel() for p in network.parameters())
-    checkpoint = checkpoints.check_output(output, resume, model_bytes=4 * parameters)
+    checkpoint = _checkpoints.check_output(output, resume, model_bytes=4 * parameters)
     # The settings that must agree with a checkpoint's; the others change how a run is executed, not its result.
     settings = dict(preset=preset, **dataclasses.asdict(asked), init_revision=origin and origin['revision'])
     del settings['num_workers'], settings['tracker']
     progress = dict(settings=settings, epochs_done=0, epoch_seconds=[], metrics=None, best_epoch=0, best_top1=-1.0)
     if checkpoint:
-        progress = checkpoints.read_progress(checkpoint, settings)
+        progress = _checkpoints.read_progress(checkpoint, settings)
     with accelerator.main_process_first():  # downloads and checks once
         images = open_images(recipe)
         if is_main:
@@ -364,7 +364,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         model = network
         origin['classifier'] = fit_classifier(model, label_names)
         if recipe.freeze:
-            learning.freeze(model, recipe.freeze)
+            _optim.freeze(model, recipe.freeze)
     else:
         model = timm.create_model(recipe.model, num_classes=len(label_names))
     parameters = sum(p.numel() for p in model.parameters())
@@ -389,7 +389,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     optimizer = create_optimizer_v2(
         model, opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum,
         param_group_fn=partial(
-            learning.parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
+            _optim.parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
             head_lr_scale=recipe.head_lr_scale),
     )
     ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True, device=device) if recipe.ema_decay else None
@@ -408,7 +408,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     if recipe.mixup or recipe.cutmix:
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=len(label_names))
     if recipe.class_weights:
-        class_weights = learning.balanced_class_weights(images['train'].labels(), len(label_names)).to(device)
+        class_weights = _optim.balanced_class_weights(images['train'].labels(), len(label_names)).to(device)
     # Not PyTorch's weighted mean: it divides by the weights of the batch, which each process has a part of.
     criterion = nn.CrossEntropyLoss(
         class_weights, reduction='none', label_smoothing=0.0 if mixup else recipe.smoothing)
@@ -423,7 +423,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     step = progress['epochs_done'] * steps_per_epoch
     for epoch in range(progress['epochs_done'], recipe.epochs):
         train_loader.set_epoch(epoch)  # and with it the images'
-        learning.train_mode(model)
+        _optim.train_mode(model)
         synchronize(device)
         start, last_loss = time.perf_counter(), None
         for batch, labels in tqdm(
@@ -463,7 +463,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         logged = dict(metrics, train_loss=last_loss.item(), lr=learning_rate(optimizer), epoch_seconds=seconds)
         accelerator.log(logged, step=epoch + 1)
         accelerator.print(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4g}' for name, value in logged.items()))
-        checkpoints.save(accelerator, output / 'checkpoints', progress)
+        _checkpoints.save(accelerator, output / 'checkpoints', progress)
 
     # The result
     record = None

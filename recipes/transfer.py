@@ -18,8 +18,8 @@ import statistics
 from pathlib import Path
 
 import datasets
-from data import load_digits
-from measure import command_line, git_commit
+from _data import load_digits
+from _measure import command_line, git_commit
 from train import PRESETS, Recipe
 from train import main as train
 

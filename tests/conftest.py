@@ -7,12 +7,12 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest  # noqa: E402
 
-from fmd_timm.ops import cpu, dense, gemm, hybrid, native, per_image, reference  # noqa: E402
+from fmd_timm.ops import c_conv, cpu, hybrid, im2col, per_image, per_kernel, reference  # noqa: E402
 
 FITS = {
     reference: lambda num_kernels, has_taps, groups: True,
-    dense: lambda num_kernels, has_taps, groups: groups == 1 or num_kernels == 1 and not has_taps,
-    gemm: lambda num_kernels, has_taps, groups: groups == 1,
+    per_kernel: lambda num_kernels, has_taps, groups: groups == 1 or num_kernels == 1 and not has_taps,
+    im2col: lambda num_kernels, has_taps, groups: groups == 1,
     hybrid: lambda num_kernels, has_taps, groups: groups == 1,
     per_image: lambda num_kernels, has_taps, groups: True,
 }
@@ -33,10 +33,10 @@ def implementation(request, monkeypatch):
 
 @pytest.fixture
 def compiled():
-    """For tests of native.c, which compiles wherever it can."""
+    """For tests of c_conv.c, which compiles wherever it can."""
     if sys.platform != 'linux' or not shutil.which(os.environ.get('CC', 'cc')):
-        pytest.skip('native.c is for Linux with a C compiler')
-    assert native.is_available()
+        pytest.skip('c_conv.c is for Linux with a C compiler')
+    assert c_conv.is_available()
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def fresh_accelerator(monkeypatch):
 @pytest.fixture(scope='session')
 def digits_folder(tmp_path_factory):
     """64 digits to train and 50 to validate, as a folder of parquet files."""
-    import data
+    import _data
 
     folder = tmp_path_factory.mktemp('digits')
-    digits = data.load_digits()
+    digits = _data.load_digits()
     digits['train'].select(range(64)).to_parquet(folder / 'train.parquet')
     digits['test'].select(range(50)).to_parquet(folder / 'test.parquet')
     return folder

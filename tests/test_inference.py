@@ -21,7 +21,7 @@ from fmd_timm import (
     set_temperature,
 )
 from fmd_timm.inference import PreparedConv2d
-from fmd_timm.ops import cpu, native
+from fmd_timm.ops import c_conv, cpu
 
 METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
 
@@ -54,14 +54,14 @@ def assert_same(prepared, model, x, tolerance=1e-5):
     assert error < tolerance, f'relative error {error:.1e}'
 
 
-@pytest.fixture(params=['rules', 'native', 'products', 'no products'])
+@pytest.fixture(params=['rules', 'c_conv', 'products', 'no products'])
 def way(request, monkeypatch):
     """Convolutions as the rules have it, all in C that can be, as products with transposed kernels, or neither."""
-    if request.param == 'native':
+    if request.param == 'c_conv':
         request.getfixturevalue('compiled')
         monkeypatch.setattr(PreparedConv2d, '_is_native', lambda self, x: self._native.convolves)
     elif request.param != 'rules':
-        monkeypatch.setattr(native, 'is_available', lambda: False)
+        monkeypatch.setattr(c_conv, 'is_available', lambda: False)
     if request.param == 'products':
         monkeypatch.setattr(PreparedConv2d, '_is_product', lambda self, x: self.groups == 1)
     if request.param == 'no products':
@@ -130,11 +130,11 @@ def test_in_c_a_wrong_number_of_channels_is_refused(compiled):
 def test_without_a_compiler_it_works_all_the_same(monkeypatch, tmp_path, caplog):
     caplog.set_level('INFO')
     monkeypatch.setenv('CC', str(tmp_path / 'no_compiler'))
-    monkeypatch.setattr(native, '_library', native._library.__wrapped__)
-    monkeypatch.setattr(native, 'is_available', native.is_available.__wrapped__)
+    monkeypatch.setattr(c_conv, '_library', c_conv._library.__wrapped__)
+    monkeypatch.setattr(c_conv, 'is_available', c_conv.is_available.__wrapped__)
     model = make_model()
     assert_same(prepare_for_inference(model), model, make_images(1))
-    assert 'without native.c, which could not be compiled: ' in caplog.text
+    assert 'without c_conv.c, which could not be compiled: ' in caplog.text
 
 
 def test_temperatures_of_a_prepared_network_cannot_be_set():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, cuda, reference
-from .patches import memory_format
+from .layout import memory_format
 
 __all__ = ['dynamic_conv2d']
 

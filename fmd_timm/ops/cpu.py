@@ -3,7 +3,7 @@
 Chosen from timings of single convolutions of ResNets, forward and backward, batch 1 and 16 at 224 px and 2 to 128 below
 17 px, and where `hybrid` begins and ends of 1x1 and 3x3 kernels of 128 to 1024 channels, batch 4 and 16 at 8 to 22 px;
 channels_last, float32, one thread of an Intel Xeon. `recipes/bench.py --layers` times those at 224 px anew; on two
-threads of one, what they choose was within 3 % of the fastest in 74 of 78 cases. In four it was `native` at batch 16
+threads of one, what they choose was within 3 % of the fastest in 74 of 78 cases. In four it was `c_conv` at batch 16
 where `per_image` was faster: 64->64, 64->256 and 128->512 1x1 by 37, 13 and 7 %, 128->128 3x3 at 56 px by 10 %.
 """
 from functools import lru_cache
@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import dense, gemm, hybrid, native, per_image, reference
-from .patches import memory_format
+from . import c_conv, hybrid, im2col, per_image, per_kernel, reference
+from .layout import memory_format
 
 __all__ = ['choose', 'forward', 'backward']
 
@@ -31,12 +31,12 @@ def choose(
 ) -> ModuleType:
     """The implementation for images of `image_numbers` = I * H * W, with `out_pixels` = H' * W' results per channel.
 
-    `fits_native`: it is a forward pass, and one that `native.forward` takes as it lies in memory.
+    `fits_native`: it is a forward pass, and one that `c_conv.forward` takes as it lies in memory.
     """
     if fits_native and (not pointwise or image_numbers < 250_000):
-        return native
+        return c_conv
     if num_kernels == 1 and not has_taps:
-        return dense  # one kernel for all images: an ordinary convolution
+        return per_kernel  # one kernel for all images: an ordinary convolution
     if depthwise:
         return reference  # a depthwise convolution of B * C channels
     if groups > 1 or out_pixels >= 500:
@@ -44,8 +44,8 @@ def choose(
     if out_pixels >= 144:
         return hybrid
     if batch >= 32 * out_pixels:
-        return dense
-    return gemm
+        return per_kernel
+    return im2col
 
 
 def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
@@ -121,7 +121,7 @@ def _fits_native(x, weight, kernel_attn, groups) -> bool:
     return (
         x.dtype == torch.float32 and groups == 1 and kernel_attn is not None
         and all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        and native.takes(weight, kernel_attn.shape[1]) and native.is_available()
+        and c_conv.takes(weight, kernel_attn.shape[1]) and c_conv.is_available()
     )
 
 

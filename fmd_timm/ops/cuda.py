@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dense, reference
+from . import per_kernel, reference
 
 __all__ = ['choose', 'forward', 'backward']
 
@@ -17,7 +17,7 @@ MATERIALISE_ABOVE = 250  # output pixels from which a mixed kernel costs less to
 DENSE_UP_TO = 64  # output pixels at which K convolutions by cuDNN cost as much as mixing repeatedly
 FEW_RESULTS = 2**20  # numbers in the result below which the programs of a Triton kernel leave half of the GPU idle
 DTYPES = torch.float32, torch.bfloat16, torch.float16
-PYTORCH = {'reference': reference, 'dense': dense}  # the others need Triton
+PYTORCH = {'reference': reference, 'per_kernel': per_kernel}  # the others need Triton
 
 _triton_failed = False
 
@@ -26,11 +26,11 @@ def choose(x, weight, kernel_attn, tap_attn, stride, padding, out_pixels: int, g
     """The first rule that fits images with `out_pixels` = H' * W' results per channel.
 
     'reference': one grouped convolution by cuDNN.
-    'dense': one convolution with all K kernels by cuDNN, `dense.py`.
+    'per_kernel': one convolution with all K kernels by cuDNN, `per_kernel.py`.
     'single': the mixed kernel of the only image, then cuDNN.
     'pointwise': mixed kernels, then cuBLAS, `pointwise.py`.
     'materialised', 'fused': `triton_conv.py` for the images, `triton_weight_grad.py` for the kernels.
-    'unsupported': a fallback to 'dense' or 'reference', with a warning.
+    'unsupported': a fallback to 'per_kernel' or 'reference', with a warning.
     """
     B, I = x.shape[:2]
     K = 1 if kernel_attn is None else kernel_attn.shape[1]
@@ -38,17 +38,17 @@ def choose(x, weight, kernel_attn, tap_attn, stride, padding, out_pixels: int, g
     if x.dtype not in DTYPES:
         return 'reference'  # float64 is for checks
     if K == 1 and tap_attn is None:
-        return 'dense'  # one kernel for all images: an ordinary convolution
+        return 'per_kernel'  # one kernel for all images: an ordinary convolution
     if groups > 1 and weight.shape[1] == 1:
         return 'reference'  # a depthwise convolution of B * C channels
     if groups > 1 or K > 8 or max(weight.numel(), x.numel() // B, O * out_pixels) >= 2**30:  # offsets of 32 bits
         return 'unsupported'
     if x.dtype == torch.float32 and tap_attn is None and torch.backends.cudnn.conv.fp32_precision == 'tf32':
-        return 'dense'  # the kernels in Triton multiply float32 in full, slower than K convolutions in TF32
+        return 'per_kernel'  # the kernels in Triton multiply float32 in full, slower than K convolutions in TF32
     if B == 1:
         return 'reference' if backward else 'single'
     if B * O * out_pixels < FEW_RESULTS and tap_attn is None:
-        return 'dense'
+        return 'per_kernel'
     pointwise = tuple(weight.shape[2:]) == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
     if out_pixels > MATERIALISE_ABOVE and pointwise:
         return 'pointwise'
@@ -57,7 +57,7 @@ def choose(x, weight, kernel_attn, tap_attn, stride, padding, out_pixels: int, g
     if out_pixels > MATERIALISE_ABOVE:
         return 'materialised'
     if out_pixels <= DENSE_UP_TO and tap_attn is None and not backward:  # backward it would convolve three times
-        return 'dense'
+        return 'per_kernel'
     return 'fused'
 
 
@@ -93,7 +93,7 @@ def backward(
 
 def _fallback(kernel_attn, tap_attn, out_pixels: int, groups: int) -> str:
     """Up to 122 pixels K convolutions move fewer bytes than a mixed kernel for every image, by the estimates above."""
-    return 'dense' if groups == 1 and tap_attn is None and out_pixels <= 122 else 'reference'
+    return 'per_kernel' if groups == 1 and tap_attn is None and out_pixels <= 122 else 'reference'
 
 
 def _by_triton(function, algorithm: str, *args):

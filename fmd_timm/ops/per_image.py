@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .patches import is_channels_last, kernel_rows, memory_format
+from .layout import is_channels_last, kernel_rows, memory_format
 
 MIXED_BYTES = 10 * 2**20  # of the kernels mixed at once
 GRADIENT_BYTES = 2 * 2**20  # the same where each has a gradient and products with it

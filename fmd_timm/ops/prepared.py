@@ -1,14 +1,14 @@
 """Dynamic convolution on the CPU for inference, by kernels that were laid out for it beforehand.
 
-Matrix products over the patches of the images, as in `gemm.py`, but of transposed kernels (R, O), which are multiplied
+Matrix products over the patches of the images, as in `im2col.py`, but of transposed kernels (R, O), which multiply
 a quarter faster where there are few patches. A tile is some of the R rows of all mixed kernels; the products of one
 tile after the other are summed up in the result.
 """
 import torch
 from torch import Tensor
 
-from .gemm import TILE_BYTES
-from .patches import kernel_rows, patches_of, per_element
+from .im2col import TILE_BYTES
+from .layout import kernel_rows, patches_of, per_element
 
 __all__ = ['forward', 'transposed']
 

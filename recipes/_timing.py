@@ -1,4 +1,4 @@
-"""Time models in turn:  accelerate launch recipes/timing.py <preset> --models NAME ... [--output FOLDER] [--option ...]
+"""Time models in turn:  accelerate launch recipes/_timing.py <preset> --models NAME ... [--output FOLDER] [--option ..]
 
 A machine that gets warm, slow or busy must not favour the model whose turn is early: in each of 5 rounds every model
 trains a few steps and classifies a few batches, in the opposite order of the round before, so that the models can be
@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-import learning
+import _optim
 import timm
 import torch
+from _data import LabelledImages, Normalize, train_transform
+from _measure import command_line, device_name, git_commit, synchronize, time_inference, versions
 from accelerate import Accelerator
-from data import LabelledImages, Normalize, train_transform
-from measure import command_line, device_name, git_commit, synchronize, time_inference, versions
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
@@ -62,7 +62,7 @@ def make_trainer(
     optimizer = create_optimizer_v2(
         model, opt=recipe.opt, lr=0.0, momentum=recipe.momentum,
         param_group_fn=partial(
-            learning.parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
+            _optim.parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
             head_lr_scale=recipe.head_lr_scale),
     )
     ema = ModelEmaV3(model, decay=recipe.ema_decay, device=accelerator.device) if recipe.ema_decay else None
@@ -170,7 +170,7 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
 
     if is_main:
         record = dict(
-            preset=preset, recipe=dataclasses.asdict(recipe), command=command_line('timing.py'), models=models,
+            preset=preset, recipe=dataclasses.asdict(recipe), command=command_line('_timing.py'), models=models,
             rounds=ROUNDS, steps=STEPS, steps_per_epoch=steps_per_epoch, **timings, infer_batch=infer_batch,
             train_images=len(images['train']), validation_images=len(images['validation']), num_classes=num_classes,
             device=device_name(device), device_type=device.type, device_count=accelerator.num_processes,

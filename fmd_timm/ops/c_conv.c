@@ -1,4 +1,4 @@
-// The attention of one image, and convolutions of images with their mixtures of K kernels. `native.py` compiles this
+// The attention of one image, and convolutions of images with their mixtures of K kernels. `c_conv.py` compiles this
 // and says what it is for. Vectors are GCC's and Clang's own, as wide as those of the processor.
 
 #include <math.h>

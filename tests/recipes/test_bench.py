@@ -8,9 +8,9 @@ import bench
 import pytest
 import torch
 
-from fmd_timm.ops import cpu, dense, gemm, hybrid, native, per_image, reference
+from fmd_timm.ops import c_conv, cpu, hybrid, im2col, per_image, per_kernel, reference
 
-README = Path(__file__).parents[1] / 'README.md'
+README = Path(__file__).parents[2] / 'README.md'
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def test_networks_are_timed_and_become_a_table(small, monkeypatch, capsys):
     infer, train = record['cases']
     assert {(case['mode'], case['batch'], case['threads']) for case in record['cases']} == {
         ('infer', 1, 1), ('train', 2, 1)}
-    only_inferred = {'static prepared', 'fmd prepared'} | {'fmd by native'} & set(infer['milliseconds'])
+    only_inferred = {'static prepared', 'fmd prepared'} | {'fmd by c_conv'} & set(infer['milliseconds'])
     assert set(infer['milliseconds']) - set(train['milliseconds']) == only_inferred
-    assert ('fmd by native' in only_inferred) == native.is_available()
+    assert ('fmd by c_conv' in only_inferred) == c_conv.is_available()
     assert {'static', 'static channels_last', 'fmd', 'od', 'dy', 'cond', 'fmd by reference'} < set(
         train['milliseconds'])
     assert all(len(times) == 1 and min(times) > 0 for times in infer['milliseconds'].values())
@@ -57,8 +57,9 @@ def test_layers_are_timed_by_every_algorithm(small, monkeypatch):
     assert [(case['batch'], case['mode']) for case in record['cases']] == [
         (1, 'forward'), (16, 'forward'), (16, 'backward')]
     for case in record['cases']:
-        in_c = {'native'} if native.is_available() and case['mode'] == 'forward' else set()
-        assert set(case['milliseconds']) == {'static', 'reference', 'dense', 'gemm', 'per_image', 'hybrid', *in_c}
+        in_c = {'c_conv'} if c_conv.is_available() and case['mode'] == 'forward' else set()
+        algorithms = {'reference', 'per_kernel', 'im2col', 'per_image', 'hybrid', *in_c}
+        assert set(case['milliseconds']) == {'static', *algorithms}
 
 
 def test_layers_of_a_network_are_its_dynamic_convolutions():
@@ -68,7 +69,7 @@ def test_layers_of_a_network_are_its_dynamic_convolutions():
 
 
 @pytest.mark.parametrize(
-    'module', [reference, dense, gemm, per_image, hybrid, native],
+    'module', [reference, per_kernel, im2col, per_image, hybrid, c_conv],
     ids=lambda module: module.__name__.rpartition('.')[2])
 def test_an_algorithm_is_forced_on_every_layer(module):
     name = module.__name__.rpartition('.')[2]
@@ -78,7 +79,7 @@ def test_an_algorithm_is_forced_on_every_layer(module):
         batch=2, num_kernels=4, out_pixels=9, groups=1, depthwise=False, has_taps=False, pointwise=False,
         image_numbers=36, fits_native=False)
     with bench.algorithm(torch.device('cpu'), None):
-        assert cpu.choose(**arguments) is gemm
+        assert cpu.choose(**arguments) is im2col
 
 
 def test_ratio_is_to_the_faster_static_network_of_the_same_round():

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmd_timm import dynamic_conv2d
-from fmd_timm.ops import cpu, gemm, native, per_image
+from fmd_timm.ops import c_conv, cpu, im2col, per_image
 
 ARGUMENTS = 'x', 'weight', 'kernel_attn', 'in_attn', 'out_attn', 'tap_attn', 'bias'
 
@@ -128,8 +128,8 @@ PROOF = {  # as SHAPES: every kernel size, stride, dilation, groups and K, with 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several tiles of output channels, and mixed kernels of one image at a time."""
-    monkeypatch.setattr(gemm, 'TILE_BYTES', 1)
-    monkeypatch.setattr(gemm, 'GRADIENT_BYTES', 1)
+    monkeypatch.setattr(im2col, 'TILE_BYTES', 1)
+    monkeypatch.setattr(im2col, 'GRADIENT_BYTES', 1)
     monkeypatch.setattr(per_image, 'MIXED_BYTES', 1)
     monkeypatch.setattr(per_image, 'GRADIENT_BYTES', 1)
 
@@ -179,9 +179,9 @@ IN_C = {  # as SHAPES, of images in channels_last
 @pytest.fixture
 def convolved_in_c(monkeypatch, compiled):
     """Forward passes in C wherever they can be; a list of those."""
-    calls, rule, forward = [], cpu.choose, native.forward
-    monkeypatch.setattr(cpu, 'choose', lambda **shape: native if shape['fits_native'] else rule(**shape))
-    monkeypatch.setattr(native, 'forward', lambda *args: calls.append(args) or forward(*args))
+    calls, rule, forward = [], cpu.choose, c_conv.forward
+    monkeypatch.setattr(cpu, 'choose', lambda **shape: c_conv if shape['fits_native'] else rule(**shape))
+    monkeypatch.setattr(c_conv, 'forward', lambda *args: calls.append(args) or forward(*args))
     return calls
 
 
@@ -218,7 +218,7 @@ def test_in_c_outputs_and_gradients_stay_close_to_float64(shape, tap_attn, threa
 def test_in_c_images_may_be_convolved_in_groups(images, monkeypatch, convolved_in_c):
     tensors, conv_args = make_images(IN_C['batch'])
     expected = dynamic_conv2d(**tensors, **conv_args)
-    monkeypatch.setattr(native, 'GROUP_BYTES', images * 4 * 32 * 9 * 8)
+    monkeypatch.setattr(c_conv, 'GROUP_BYTES', images * 4 * 32 * 9 * 8)
     assert torch.equal(dynamic_conv2d(**tensors, **conv_args), expected)
     assert len(convolved_in_c) == 2
 
@@ -252,7 +252,7 @@ def test_in_c_attention_and_bias_may_have_any_dtype_and_strides(convolved_in_c):
     ((1, 4, 64, 32, 1, 1, 0, 1, 1, (63, 63)), torch.channels_last, torch.float32),
 ], ids=['one_kernel', 'C_in', 'C_out', 'groups', 'nchw', 'bfloat16', 'many_pixels'])
 def test_what_c_does_not_take_or_not_sooner_stays_with_pytorch(shape, layout, dtype, monkeypatch, compiled):
-    monkeypatch.setattr(native, 'forward', None)
+    monkeypatch.setattr(c_conv, 'forward', None)
     tensors, conv_args = make_inputs(*shape, dtype=dtype)
     tensors = {name: t.to(memory_format=layout) if t.ndim == 4 else t for name, t in tensors.items()}
     dynamic_conv2d(**tensors, **conv_args)

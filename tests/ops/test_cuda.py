@@ -26,13 +26,13 @@ def fresh_state(monkeypatch):
     (dict(I=64, kernel=1, size=56), 'pointwise', 'pointwise'),
     (dict(I=60, kernel=1, size=56), 'pointwise', 'pointwise'),
     (dict(I=64, kernel=1, size=112, stride=2), 'materialised', 'materialised'),
-    (dict(I=512, O=512, size=7), 'dense', 'fused'),  # backward, dense convolves three times
+    (dict(I=512, O=512, size=7), 'per_kernel', 'fused'),  # backward, dense convolves three times
     (dict(I=512, O=512, size=7, taps=True), 'fused', 'fused'),
     (dict(B=1), 'single', 'reference'),
     (dict(B=1, size=7, taps=True), 'single', 'reference'),
-    (dict(B=2), 'dense', 'dense'),  # too little work for a kernel of its own
+    (dict(B=2), 'per_kernel', 'per_kernel'),  # too little work for a kernel of its own
     (dict(B=2, taps=True), 'fused', 'fused'),
-    (dict(K=1), 'dense', 'dense'),
+    (dict(K=1), 'per_kernel', 'per_kernel'),
     (dict(K=1, taps=True), 'fused', 'fused'),
     (dict(K=8), 'fused', 'fused'),
     (dict(K=9), 'unsupported', 'unsupported'),
@@ -51,7 +51,7 @@ def test_rules(change, forward, backward):
 
 
 def test_tf32_goes_to_cudnn():
-    assert chosen(dict(dtype=torch.float32), False) == 'dense'  # PyTorch's default for convolutions
+    assert chosen(dict(dtype=torch.float32), False) == 'per_kernel'  # PyTorch's default for convolutions
     assert chosen(dict(dtype=torch.float32, taps=True), False) == 'fused'
 
 

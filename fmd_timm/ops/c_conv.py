@@ -1,7 +1,7 @@
 """Dynamic convolution on the CPU in C; of a single image in a prepared network together with its attention.
 
 A single image pays for reading K kernels where a static convolution reads one, and matrix products by PyTorch can't do
-anything else meanwhile. `native.c` fetches the next kernels while it multiplies by the last ones. Images of a batch pay
+anything else meanwhile. `c_conv.c` fetches the next kernels while it multiplies by the last ones. Images of a batch pay
 for mixing: here it goes from cache to cache, and nothing but the result is written to memory. It is compiled for this
 machine, by its own C compiler, when it is first needed, and kept in the user's cache folder ($XDG_CACHE_HOME/fmd_timm,
 by default ~/.cache/fmd_timm); where that is not possible, PyTorch does the same.
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix('.c')
 FLAGS = '-O3', '-march=native', '-std=gnu11', '-fPIC', '-shared', '-fopenmp'  # PyTorch's own libgomp, loaded already
 LIBRARIES = '-lm',
-O_BLOCK, WIDTH = 32, 16  # output channels of a block and the widest vector of native.c
+O_BLOCK, WIDTH = 32, 16  # output channels of a block and the widest vector of c_conv.c
 GROUP_BYTES = 2**20  # of padded images for which kernels are read once: as many as stay in the L2 cache
 
 _Pair = ctypes.c_long * 2
@@ -180,7 +180,7 @@ class Layer:
 
 @lru_cache(maxsize=1024)
 def _sizes(H, W, kernel_size, stride, padding, dilation) -> tuple[int, int, int]:
-    """Height and width of the result; pixels of the padded image, as native.c arranges them."""
+    """Height and width of the result; pixels of the padded image, as c_conv.c arranges them."""
     height, width = (
         (size + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i, size in enumerate((H, W)))

@@ -1,4 +1,4 @@
-"""Run records -> the table and the pictures of a comparison:  python recipes/report.py <folder>
+"""Run records -> the table and the pictures of a comparison:  python recipes/_report.py <folder>
 
 The records are those of recipes/compare.py, which calls this at its end; every number comes from them.
 
@@ -82,7 +82,7 @@ def compare(static: str, runs: dict[str, list[dict[str, Any]]], timing: dict[str
     Args:
         static: The model that the others are compared with.
         runs: Per model the records of its seeds, see recipes/train.py.
-        timing: The record of recipes/timing.py.
+        timing: The record of recipes/_timing.py.
     """
     return dict(
         static=static,

@@ -7,7 +7,7 @@ import pytest
 import timm
 import tiny
 import torch
-from data import load_digits
+from _data import load_digits
 from PIL import Image, ImageOps
 
 from fmd_timm.hub import save_for_hub

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoints
-import data
+import _checkpoints
+import _data
 import datasets
 import pytest
 import timm
@@ -61,10 +61,10 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     assert model.pretrained_cfg['input_size'] == (3, 8, 8)
     assert model.pretrained_cfg['label_names'] == [str(digit) for digit in range(10)]
     assert all(m.kernel_temperature.item() == 1 for m in model.modules() if hasattr(m, 'kernel_temperature'))
-    images = data.LabelledImages(
-        data.open_dataset(str(digits_folder))['test'], 'test', 'test',
-        data.eval_transform(timm.data.resolve_model_data_config(model)))
-    normalize = data.Normalize(model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
+    images = _data.LabelledImages(
+        _data.open_dataset(str(digits_folder))['test'], 'test', 'test',
+        _data.eval_transform(timm.data.resolve_model_data_config(model)))
+    normalize = _data.Normalize(model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
     batch, labels = torch.utils.data.default_collate([images[i] for i in range(50)])
     with torch.no_grad():
         right = (model(normalize(batch)).argmax(1) == labels).sum().item()
@@ -78,7 +78,7 @@ def test_a_resumed_run_ends_with_the_same_weights(digits_folder, tmp_path, monke
     )
     uninterrupted = run(recipe, tmp_path / 'uninterrupted')
 
-    save = checkpoints.save
+    save = _checkpoints.save
 
     def save_and_stop(accelerator, folder, progress):
         save(accelerator, folder, progress)
@@ -86,7 +86,7 @@ def test_a_resumed_run_ends_with_the_same_weights(digits_folder, tmp_path, monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, 'save', save_and_stop)
+        patch.setattr(_checkpoints, 'save', save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path / 'resumed')
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -131,7 +131,7 @@ def test_two_processes_count_every_validation_image_once(digits_folder, tmp_path
     assert two['device_count'] == 2 and two['validation_images'] == 50
     evaluated = subprocess.run(
         [sys.executable, '-c', 'import tiny, evaluate; evaluate.main()', tmp_path / 'two', '--dataset', digits_folder],
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(RECIPES), str(Path(__file__).parent)])),
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(RECIPES), str(Path(tiny.__file__).parent)])),
         capture_output=True, text=True, timeout=300,
     )
     assert evaluated.returncode == 0, evaluated.stderr
@@ -142,7 +142,7 @@ def test_two_processes_count_every_validation_image_once(digits_folder, tmp_path
 
 def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(digits_folder, tmp_path):
     """Every image has a label of its own, which the loss function sees."""
-    rows = data.open_dataset(str(digits_folder))
+    rows = _data.open_dataset(str(digits_folder))
     for split, count in ('train', 64), ('test', 64):
         table = datasets.Dataset.from_dict(
             {'image': [rows['train'][i]['image'] for i in range(count)], 'label': list(range(count))},
@@ -151,17 +151,17 @@ def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(di
     script = tmp_path / 'script.py'
     script.write_text(f'''
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
 import data, tiny, train
 
-seeded = data._seeded
+seeded = _data._seeded
 
 def recorded(seed, epoch, row):
     with open({str(tmp_path)!r} + '/epochs' + os.environ['RANK'], 'a') as file:
         file.write(str(epoch))
     return seeded(seed, epoch, row)
 
-data._seeded = recorded
+_data._seeded = recorded
 
 class Recorder(train.nn.CrossEntropyLoss):
     def forward(self, logits, labels):
@@ -193,7 +193,7 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(digits_folder, tmp_path,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits_folder, tmp_path, monkeypatch):
-    normalize = data.Normalize.forward
+    normalize = _data.Normalize.forward
     calls = []
 
     def poisoned(self, images):
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
         # 4 batches to train and 4 to validate in epoch 1: the tenth is step 5, the second of epoch 2
         return normalize(self, images) * (float('nan') if len(calls) == 10 else 1)
 
-    monkeypatch.setattr(data.Normalize, 'forward', poisoned)
+    monkeypatch.setattr(_data.Normalize, 'forward', poisoned)
     with pytest.raises(SystemExit, match=r'the loss is nan at step 5 with learning rate 0\.0'):
         run(make_recipe(digits_folder), tmp_path)
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['epoch_0001']
@@ -254,7 +254,7 @@ def test_output_that_cannot_be_written_is_named(digits_folder, tmp_path, monkeyp
     with pytest.raises(SystemExit, match='--output .*file/run cannot be written'):
         run(make_recipe(digits_folder), tmp_path / 'file' / 'run')
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(checkpoints.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**20))
+    monkeypatch.setattr(_checkpoints.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(SystemExit, match='--output .* has 1 MiB free, checkpoints need'):
         run(make_recipe(digits_folder), tmp_path / 'full')
 

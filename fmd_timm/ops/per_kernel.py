@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .patches import by_tap, kernel_rows, patches_of, per_element, sum_patches
+from .layout import by_tap, kernel_rows, patches_of, per_element, sum_patches
 
 POINTWISE = [1, 1], [0, 0], [1, 1], 1  # stride, padding, dilation and groups of a convolution over patches
 

@@ -11,7 +11,7 @@ import publish
 import pytest
 import timm
 import torch
-from data import load_digits
+from _data import load_digits
 from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, HubServer, Repo
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,7 @@ from test_model_card import make_record
 import fmd_timm
 from fmd_timm.hub import save_for_hub
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 FILES = {'model.safetensors', 'config.json', 'result.json', 'README.md'}
 REPO, NAME = 'acme/digits', 'resnet18_fmd_cifar.test'
 

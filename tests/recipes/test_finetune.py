@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data
+import _data
+import _optim
+import _start
 import datasets
-import learning
-import pretrained
 import pytest
 import timm
 import tiny
@@ -59,7 +59,7 @@ def static(tmp_path_factory):
 def letters_folder(tmp_path_factory):
     """The pictures of the digits 0, 1 and 2 under other names: 24, 12 and 4 to train, the same to validate."""
     folder = tmp_path_factory.mktemp('letters')
-    rows = data.load_digits()['train']
+    rows = _data.load_digits()['train']
     labels = rows['label'][:]
     of_digit = [[i for i, label in enumerate(labels) if label == digit] for digit in range(3)]
     chosen = [*of_digit[0][:24], *of_digit[1][:12], *of_digit[2][:4]]
@@ -218,7 +218,7 @@ def test_weights_of_the_hub_are_pinned_to_the_commit_that_is_recorded(letters_fo
         commits.append(Commit(files | {'model.safetensors': (tmp_path / 'later.safetensors').read_bytes()}, 'later'))
         script = f'''
 import sys
-sys.path[:0] = {[str(RECIPES), str(Path(__file__).parent)]}
+sys.path[:0] = {[str(RECIPES), str(Path(tiny.__file__).parent)]}
 import tiny, train
 for name, *arguments in {[
     ['latest', 'hf-hub:acme/digits'], ['pinned', f'acme/digits@{first}'], ['missing', 'hf-hub:acme/nothing'],
@@ -255,8 +255,8 @@ def test_a_registered_tag_is_loaded_at_the_commit_that_was_found(monkeypatch, tm
         asked.append((repo, name, revision))
         return str(tmp_path / 'snapshots' / commit / name)
 
-    monkeypatch.setattr(pretrained, 'hf_hub_download', download)
-    source = pretrained.find_source('resnet18.a1_in1k', '--init')
+    monkeypatch.setattr(_start, 'hf_hub_download', download)
+    source = _start.find_source('resnet18.a1_in1k', '--init')
     assert asked == [('timm/resnet18.a1_in1k', 'model.safetensors', None)]
     assert (source.name, source.repo, source.revision) == (
         'resnet18.a1_in1k', 'timm/resnet18.a1_in1k', f'commit {commit}')
@@ -267,7 +267,7 @@ def test_a_registered_tag_is_loaded_at_the_commit_that_was_found(monkeypatch, tm
 # What learns, and how fast
 
 
-@pytest.mark.parametrize('part', learning.FREEZABLE)
+@pytest.mark.parametrize('part', _optim.FREEZABLE)
 def test_only_what_is_not_frozen_changes(part, letters_folder, checkpoint, tmp_path):
     run(make_finetune(letters_folder, checkpoint, freeze=part, weight_decay=0.1), tmp_path)
     before = weights_of(checkpoint)
@@ -287,7 +287,7 @@ def test_a_network_whose_attention_is_frozen_cannot_be_a_static_one(static, lett
 @pytest.mark.parametrize('name', [tiny.NAME, 'resnet10t', 'mobilenetv3_small_050', 'test_vit'])
 def test_the_learning_rate_falls_from_layer_to_layer_and_the_classifier_has_its_own(name):
     model = timm.create_model(name, num_classes=3)
-    groups = learning.parameter_groups(model, weight_decay=0.1, layer_decay=0.5, head_lr_scale=8.0)
+    groups = _optim.parameter_groups(model, weight_decay=0.1, layer_decay=0.5, head_lr_scale=8.0)
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     scales = {names[id(parameter)]: group['lr_scale'] for group in groups for parameter in group['params']}
     assert sorted(scales) == sorted(names.values())
@@ -304,7 +304,7 @@ def test_the_learning_rate_falls_from_layer_to_layer_and_the_classifier_has_its_
 
 def test_without_decay_and_scale_the_groups_are_timms():
     model = timm.create_model(tiny.NAME)
-    groups = learning.parameter_groups(model, weight_decay=0.1, layer_decay=1.0, head_lr_scale=1.0)
+    groups = _optim.parameter_groups(model, weight_decay=0.1, layer_decay=1.0, head_lr_scale=1.0)
     assert {group['lr_scale'] for group in groups} == {1.0}
     for decay, group in zip((0.0, 0.1), timm.optim.param_groups_weight_decay(model, weight_decay=0.1)):
         ours = {id(parameter) for g in groups if g['weight_decay'] == decay for parameter in g['params']}
@@ -330,7 +330,7 @@ def test_the_schedule_scales_every_layer_from_the_first_step_on(letters_folder, 
 
 def test_balanced_weights_give_every_class_the_same_share():
     labels = [0] * 24 + [1] * 12 + [3] * 4
-    weights = learning.balanced_class_weights(labels, 4)
+    weights = _optim.balanced_class_weights(labels, 4)
     assert weights[2] == 0  # without images
     per_image = weights[torch.tensor(labels)]
     assert per_image.double().mean().item() == pytest.approx(1)
@@ -408,7 +408,7 @@ def test_images_with_several_labels_are_refused(column, checkpoint, tmp_path):
         image=datasets.Image(), labels=datasets.List(datasets.ClassLabel(names=['a', 'b'])), id=datasets.Value('int64'))
     if column is None:
         del features['id']
-    image = data.load_digits()['train'][0]['image']
+    image = _data.load_digits()['train'][0]['image']
     columns = {'image': [image] * 2, 'labels': [[0, 1], [1]], 'id': [0, 1]}
     rows = datasets.Dataset.from_dict({name: columns[name] for name in features}, features=features)
     for split in 'train', 'test':

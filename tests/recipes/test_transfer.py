@@ -4,17 +4,17 @@ import statistics
 import sys
 from pathlib import Path
 
-import data
+import _data
 import pytest
 import tiny
 import transfer
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 
 
 def test_every_start_gets_the_same_seeds_and_steps_and_a_finished_run_is_kept(
         tmp_path, monkeypatch, fresh_accelerator, capsys):
-    digits = data.load_digits()
+    digits = _data.load_digits()
     digits['train'], digits['test'] = digits['train'].select(range(160)), digits['test'].select(range(40))
     monkeypatch.setattr(transfer, 'load_digits', lambda: digits)
     monkeypatch.setattr(transfer, 'STATIC', tiny.STATIC)

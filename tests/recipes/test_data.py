@@ -1,11 +1,11 @@
-"""recipes/data.py: datasets of all shapes become the same batches; bad ones are refused with their row or column."""
+"""recipes/_data.py: datasets of all shapes become the same batches; bad ones are refused with their row or column."""
 import io
 import random
 import subprocess
 import sys
 from pathlib import Path
 
-import data
+import _data
 import datasets
 import numpy as np
 import pytest
@@ -25,12 +25,12 @@ def make_rows(columns, **features):
 
 
 def open_images(rows, **kwargs):
-    return data.LabelledImages(rows, 'train', "set split 'train'", **kwargs)
+    return _data.LabelledImages(rows, 'train', "set split 'train'", **kwargs)
 
 
 @pytest.fixture(scope='module')
 def digits():
-    return data.load_digits()
+    return _data.load_digits()
 
 
 def test_digits_are_all_of_scikit_learns_without_overlap(digits):
@@ -44,13 +44,13 @@ def test_a_folder_of_images_by_class_is_a_dataset(tmp_path):
         for name in 'cat', 'dog':
             (tmp_path / split / name).mkdir(parents=True)
             picture().save(tmp_path / split / name / '0.png')
-    images = open_images(data.open_dataset(str(tmp_path))['train'])
+    images = open_images(_data.open_dataset(str(tmp_path))['train'])
     assert images.label_names == ['cat', 'dog'] and len(images) == 2
     images.check_decodable()
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_but_not_on_the_workers(digits):
-    transform = data.train_transform(8, 'pad', 0.5, 'rand-m9-mstd0.5-inc1', 'bilinear', (0.5, 0.5, 0.5))
+    transform = _data.train_transform(8, 'pad', 0.5, 'rand-m9-mstd0.5-inc1', 'bilinear', (0.5, 0.5, 0.5))
     images = open_images(digits['train'].select(range(32)), transform=transform, seed=3)
 
     def epoch(number, workers):
@@ -68,7 +68,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_but_not_on_the_workers(digit
 
 
 def test_reading_images_leaves_the_global_random_states_alone(digits):
-    images = open_images(digits['train'], transform=data.train_transform(8, 'rrc', 0.5, None, 'bilinear', (0.5,) * 3))
+    images = open_images(digits['train'], transform=_data.train_transform(8, 'rrc', 0.5, None, 'bilinear', (0.5,) * 3))
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     images[0]
     assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
@@ -79,10 +79,10 @@ def test_evaluation_equals_timms_own_pipeline(digits):
     config = timm.data.resolve_data_config(dict(input_size=(3, 32, 32), mean=(0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4)))
     image = digits['test'][0]['image'].convert('RGB')
     expected = timm.data.create_transform(**config)(image)
-    images = open_images(digits['test'], transform=data.eval_transform(config))
+    images = open_images(digits['test'], transform=_data.eval_transform(config))
     batch, _ = next(iter(DataLoader(images, batch_size=1)))
     assert batch.dtype == torch.uint8
-    torch.testing.assert_close(data.Normalize(config['mean'], config['std'])(batch)[0], expected)
+    torch.testing.assert_close(_data.Normalize(config['mean'], config['std'])(batch)[0], expected)
 
 
 def test_gray_and_rotated_images_come_out_upright_and_in_colour():
@@ -146,10 +146,10 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_row():
 
 def test_missing_and_gated_datasets_say_what_to_do(tmp_path):
     script = '''
-import data
+import _data
 for name in 'acme/nothing', 'acme/gated':
     try:
-        data.open_dataset(name)
+        _data.open_dataset(name)
     except SystemExit as error:
         print(error)
 '''
@@ -157,7 +157,7 @@ for name in 'acme/nothing', 'acme/gated':
         hub.repos['datasets/acme/gated'] = Repo()
         hub.repos['datasets/acme/gated'].commits.append(Commit({'data/train-00000-of-00001.parquet': b''}, 'data'))
         hub.gate('datasets/acme/gated')
-        env = dict(hub.env(tmp_path), PYTHONPATH=str(Path(data.__file__).parent))
+        env = dict(hub.env(tmp_path), PYTHONPATH=str(Path(_data.__file__).parent))
         done = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, timeout=120)
     missing, gated = done.stdout.splitlines()
     assert "dataset 'acme/nothing' was not found, expected 'digits', a folder of parquet files or images, or" in missing

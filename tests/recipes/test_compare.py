@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _report
+import _timing
 import compare
 import numpy as np
 import pytest
-import report
-import timing
 import tiny
 import train
 from accelerate.state import AcceleratorState, GradientState
@@ -20,14 +20,15 @@ from PIL import Image
 
 STATIC = 'test_resnet'  # timm's own, 0.4 M parameters
 RESULTS = Path(compare.__file__).parent / 'results'
-README = Path(__file__).parents[1] / 'README.md'
+README = Path(__file__).parents[2] / 'README.md'
 RUN_RECIPE = compare.run_recipe
 
 
 def run_here(state, script, arguments):
     """compare.run_recipe without a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    module, parse = dict(train=(train, train.parse_arguments), timing=(timing, timing.parse_timing))[Path(script).stem]
+    module, parse = {
+        'train.py': (train, train.parse_arguments), '_timing.py': (_timing, _timing.parse_timing)}[script]
     module.main(**vars(parse(arguments)))
     return True
 
@@ -40,8 +41,8 @@ def on_one_thread(patch):
     """This process goes on with other tests, and the records must be of one device."""
     for module in compare, train:
         patch.setattr(module, 'use_all_cores', lambda state: None)
-    patch.setattr(timing, 'ROUNDS', 3)
-    patch.setattr(timing, 'STEPS', 2)
+    patch.setattr(_timing, 'ROUNDS', 3)
+    patch.setattr(_timing, 'STEPS', 2)
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +113,7 @@ def test_every_figure_is_also_relative_to_the_static_network(finished):
     models = json.loads((finished / 'comparison.json').read_text())['models']
     times = json.loads((finished / 'timing.json').read_text())
     static, dynamic = models[STATIC], models[tiny.NAME]
-    assert dynamic['relative'].keys() == {row for row, _, _ in report.ROWS}
+    assert dynamic['relative'].keys() == {row for row, _, _ in _report.ROWS}
     assert all(value in (0, 1) for value in static['relative'].values())
     ratios = [a / b for a, b in zip(times['epoch_seconds'][tiny.NAME], times['epoch_seconds'][STATIC])]
     assert dynamic['relative']['epoch_seconds'] == statistics.median(ratios)
@@ -135,19 +136,19 @@ def test_the_pictures_show_every_model_without_colour(finished, name):
 
 
 def test_models_take_turns_and_the_order_turns_too(digits_folder, tmp_path, monkeypatch):
-    turns, time_inference = [], timing.time_inference
+    turns, time_inference = [], _timing.time_inference
 
     def recorded(accelerator, model, *args):
         turns.append(type(model).__name__)
         return time_inference(accelerator, model, *args)
 
-    monkeypatch.setattr(timing, 'time_inference', recorded)
+    monkeypatch.setattr(_timing, 'time_inference', recorded)
     recipe = dataclasses.replace(
         train.PRESETS['digits'], dataset=str(digits_folder), batch_size=16, tracker='none', accumulate=2, mixup=0.2,
         ema_decay=0.9)
-    timing.main('digits', recipe, [STATIC, tiny.NAME], tmp_path)
+    _timing.main('digits', recipe, [STATIC, tiny.NAME], tmp_path)
     turns = list(zip(turns[::2], turns[1::2]))
-    assert len(turns) == 1 + timing.ROUNDS
+    assert len(turns) == 1 + _timing.ROUNDS
     assert all(first != second for first, second in turns)
     assert all(turn == later[::-1] for turn, later in zip(turns, turns[1:]))
     record = json.loads((tmp_path / 'timing.json').read_text())
@@ -178,7 +179,7 @@ def test_a_model_that_joins_is_timed_with_the_others_and_trained_alone(copied, d
     run(digits_folder, copied)
     run_arguments = f'train.py --model {tiny.NAME} --seed {{0}} --output {copied}/{tiny.NAME}/seed_{{0}} --resume auto'
     assert started == [
-        f'timing.py --models {STATIC} {tiny.NAME} --output {copied}', *(run_arguments.format(seed) for seed in (0, 1))]
+        f'_timing.py --models {STATIC} {tiny.NAME} --output {copied}', *(run_arguments.format(seed) for seed in (0, 1))]
 
 
 def test_a_run_that_fails_loses_no_other_and_goes_on_from_its_checkpoint(
@@ -188,14 +189,14 @@ def test_a_run_that_fails_loses_no_other_and_goes_on_from_its_checkpoint(
     (tmp_path / 'recipes' / 'train.py').write_text(f'''
 import os, signal, sys
 sys.path[:0] = {[str(compare.RECIPES), str(Path(tiny.__file__).parent)]!r}
-import checkpoints, tiny, train
-save = checkpoints.save
+import _checkpoints, tiny, train
+save = _checkpoints.save
 def save_and_die(*args):
     save(*args)
     if not os.path.exists({str(tmp_path / 'killed')!r}):
         open({str(tmp_path / 'killed')!r}, 'w').close()
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.save = save_and_die
+_checkpoints.save = save_and_die
 train.use_all_cores = lambda state: None
 train.main(**vars(train.parse_arguments(sys.argv[1:])))
 ''')
@@ -258,7 +259,7 @@ def test_records_of_another_device_are_refused(values, difference, copied, digit
     with pytest.raises(SystemExit, match=f'{refusal} this run: .*{difference}'):
         run(digits_folder, copied)
     with pytest.raises(SystemExit, match=f'{refusal} .*timing.json: '):
-        report.write(copied)
+        _report.write(copied)
 
 
 def test_another_recipe_is_refused_in_the_folder_of_a_comparison(copied, digits_folder):
@@ -334,26 +335,26 @@ def make_records(**accuracies):
 
 def test_the_epoch_of_fmd_is_told_against_that_of_od():
     runs, times = make_records(resnet18=80., resnet18_fmd=82., resnet18_od=82.)
-    comparison = report.compare('resnet18', runs, times)
+    comparison = _report.compare('resnet18', runs, times)
     assert comparison['epoch_against_od']['resnet18_fmd']['median'] == pytest.approx(11 / 12)
-    table = report.make_table(comparison)
+    table = _report.make_table(comparison)
     assert 'An epoch of resnet18_fmd takes 8.3 % less time than one of resnet18_od' in table
     assert '| 82.00 (+2.00) |' in table and '| 22 (1.10x) |' in table and '| 80.00 | ' in table
 
 
 def test_a_model_without_a_right_answer_has_no_score():
     runs, times = make_records(resnet18=80., resnet18_fmd=0.)
-    comparison = report.compare('resnet18', runs, times)
+    comparison = _report.compare('resnet18', runs, times)
     assert comparison['models']['resnet18_fmd']['ies'] is None
-    assert '| IES, s | 25 | - |' in report.make_table(comparison)
-    assert report.draw_training(comparison) and report.draw_inference(comparison)
+    assert '| IES, s | 25 | - |' in _report.make_table(comparison)
+    assert _report.draw_training(comparison) and _report.draw_inference(comparison)
 
 
 @pytest.mark.parametrize('comparison', sorted(RESULTS.glob('*/comparison.json')), ids=lambda path: path.parent.name)
 def test_published_results_are_those_of_their_records(comparison, tmp_path):
     folder = comparison.parent
     copied = Path(shutil.copytree(folder, tmp_path / folder.name))
-    assert report.write(copied) == (folder / 'table.md').read_text()
+    assert _report.write(copied) == (folder / 'table.md').read_text()
     assert (copied / 'comparison.json').read_text() == (folder / 'comparison.json').read_text()
 
 

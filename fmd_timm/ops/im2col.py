@@ -9,7 +9,7 @@ which is also where convolutions of single images are slow.
 import torch
 from torch import Tensor
 
-from .patches import kernel_rows, patches_of, per_element, rows_are_pixels, sum_patches
+from .layout import kernel_rows, patches_of, per_element, rows_are_pixels, sum_patches
 
 TILE_BYTES = 4 * 2**20  # of a tile of all mixed kernels; 9 MiB would go back to the system after each call
 NARROWEST = 32  # output channels: narrower matrices are multiplied at half the speed
