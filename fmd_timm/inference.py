@@ -7,6 +7,7 @@ the squeeze in front of it.
 import collections
 import copy
 import logging
+from types import ModuleType
 
 import torch
 import torch.fx
@@ -15,31 +16,45 @@ from timm.layers import BatchNormAct2d, pad_same
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .layers import DynamicConv2d
-from .layers.attention import FoldedAttention, norm_as_affine
-from .ops import c_conv, cpu, dynamic_conv2d, prepared
+from .layers.attention import norm_as_affine
+from .ops import c_conv, dynamic_conv2d, mixed_bias
+from .ops.case import Attention, case_of
+from .ops.fastest import fastest
+from .ops.operator import algorithms, check, convolve
 
 __all__ = ['prepare_for_inference']
 
 _logger = logging.getLogger(__name__)
 
+TIMED_SIZES = 8  # of images, per layer: in a service that gets images of every size, each would be slow the first time
 
-def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
+
+def prepare_for_inference(
+        model: nn.Module, inplace: bool = False, example_input: Tensor | None = None) -> nn.Module:
     """A network that computes the same in evaluation mode, faster; it can't be trained or set to other temperatures.
 
     Outputs agree to 1e-5 (relative, float32). Static convolutions are fused with their BatchNorms too. On the CPU,
-    dynamic convolutions keep their kernels in another layout too, as large as they are, from their first call, and some
-    C is compiled then (`ops/c_conv.py`). Save the weights before: those of the prepared network have other keys.
+    dynamic convolutions keep their kernels in another layout too, as large as they are, from their first call. The
+    first image of a size takes longer: it times what is fastest here, and some C is compiled (`ops/c_conv.py`). Save
+    the weights before: those of the prepared network have other keys.
 
     Args:
         model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.
         inplace: Change `model` itself instead of a copy, which frees its memory.
+        example_input: Images (B, C, H, W) such as will be classified, to time everything now and not when they come.
 
     Returns:
         The network in evaluation mode, channels_last, without gradients of its parameters.
+
+    Raises:
+        ValueError: A dynamic convolution can't be prepared; names it. Prepare before you quantize.
     """
     model = (model if inplace else copy.deepcopy(model)).eval()
+    if isinstance(model, DynamicConv2d):
+        model = PreparedConv2d(model)
     modules = dict(model.named_modules())
     for conv_name, norm_name in _followed_by_norm(model):
         conv, norm = modules[conv_name], modules[norm_name]
@@ -49,22 +64,33 @@ def prepare_for_inference(model: nn.Module, inplace: bool = False) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, DynamicConv2d):  # with no BatchNorm behind it
             model.set_submodule(name, PreparedConv2d(module))
-    return model.requires_grad_(False).to(memory_format=torch.channels_last)
+    model = model.requires_grad_(False).to(memory_format=torch.channels_last)
+    if example_input is not None:
+        with torch.inference_mode():
+            model(example_input)
+    return model
 
 
 class PreparedConv2d(nn.Module):
     """A dynamic convolution for inference together with the BatchNorm behind it.
 
+    On the CPU it times, for the first few sizes of images, what is fastest here (`ops/fastest.py`): attention and
+    convolution as one call into C, which has its own layout of the kernels, or one of the algorithms of PyTorch. Other
+    devices, gradients, autocast, tracing and compilation go through the operator.
+
     Args:
         conv: The layer, whose attention becomes this one's.
         norm: The BatchNorm in evaluation mode, if there is one.
+
+    Raises:
+        ValueError: The attention of the layer was replaced, by quantization for instance.
     """
 
     def __init__(self, conv: DynamicConv2d, norm: nn.BatchNorm2d | None = None):
         super().__init__()
         self.num_kernels = conv.num_kernels
-        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
-        self.dilation, self.groups, self.tf_same_padding = conv.dilation, conv.groups, conv.tf_same_padding
+        self.kernel_size, self.tf_same_padding = conv.kernel_size, conv.tf_same_padding
+        self.conv_args = conv.stride, conv.padding, conv.dilation, conv.groups
         weight, bias, self.shift = conv.weight.detach(), conv.bias, None
         if norm is not None:
             scale, shift = norm_as_affine(norm)
@@ -75,89 +101,90 @@ class PreparedConv2d(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         self.attention = conv.attention.fold()
-        self._forget_banks()
+        self._forget()
 
     def forward(self, x: Tensor) -> Tensor:
-        is_plain = _is_plain(x, self.weight)
-        if is_plain and (self._native is not None or self._has_native()):
-            if self._native is None:
-                self._native = self._as_native()
-            is_native = self._is_native(x)
-            if is_native and len(x) == 1:
-                return self._native(x)
-            attention = self._native.attend(x) if len(x) == 1 else self.attention(x)
-            if is_native:
-                return self._native.convolve(x, *attention)
-        else:
-            attention = self.attention(x)
-        if self.tf_same_padding:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        conv_args = self.stride, self.padding, self.dilation
-        if not is_plain:
-            y = dynamic_conv2d(x, self.weight, *attention, self.bias, *conv_args, self.groups)
-            return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
-        if self._is_product(x):
-            if self._transposed is None:
-                self._transposed = prepared.transposed(self.weight, self.num_kernels)
-            return prepared.forward(x, self._transposed, self.weight, *attention, self.bias, self.shift, *conv_args)
-        # without the operator's dispatch, which takes 30 us
-        y = cpu.forward(x, self.weight, *attention, self.bias, *conv_args, self.groups)
-        return y if self.shift is None else y.add_(self.shift[:, None, None])
+        if not self._is_plain(x):
+            return self._by_operator(x)
+        # Changes of a parameter are seen, except through `.data` in the same memory: PyTorch keeps no note of those.
+        state = [(t.data_ptr(), t._version) for t in self.parameters()]
+        if state != self._state:
+            self._forget()
+            self._state, self._layer = state, self._as_layer()
+        key = x.shape, x.is_contiguous(memory_format=torch.channels_last), torch.get_num_threads()
+        algorithm = self._algorithms.get(key)
+        if algorithm is None:
+            algorithm = self._algorithms[key] = self._fastest(x)
+        return self._by(algorithm, x)
 
-    def _has_native(self) -> bool:
-        """Whether the attention at least can be computed in C."""
-        return (
-            isinstance(self.attention, FoldedAttention) and c_conv.takes(self.weight, self.num_kernels)
-            and c_conv.is_available()
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether nothing but the result is wanted: no gradient, no graph, no other dtype, no tensor without memory."""
+        return type(x) is Tensor and x.dtype == self.weight.dtype in (torch.float32, torch.float64) and not (
+            torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu' or x.ndim != 4
+            or x.numel() == 0 or x.requires_grad and torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
+            or self.weight.is_inference() or is_in_torch_dispatch_mode()
         )
 
-    def _as_native(self) -> c_conv.Layer:
+    def _by_operator(self, x: Tensor) -> Tensor:
+        attention = self.attention(x)
+        y = dynamic_conv2d(self._padded(x), self.weight, *attention, self.bias, *self.conv_args)
+        return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
+
+    def _by(self, algorithm: ModuleType, x: Tensor) -> Tensor:
+        if algorithm is c_conv:
+            return self._layer(x)
+        attention = Attention(*(self.attention(x) if self._layer is None else self._layer.attend(x)))
+        y = convolve(self._padded(x), self.weight, attention, *self.conv_args, algorithm)
+        if self.bias is not None:
+            y += mixed_bias(self.bias, attention.kernel_attn, attention.out_attn)[:, :, None, None]
+        return y if self.shift is None else y.add_(self.shift[:, None, None])
+
+    def _fastest(self, x: Tensor) -> ModuleType:
+        """The algorithm for images of this size; C stands for attention and convolution in C."""
+        padded = self._padded(x)
+        check(padded, self.weight, Attention(*self.attention(x)), *self.conv_args)
+        case = case_of(padded, self.weight, Attention(*self.attention(x)), *self.conv_args)
+        in_c = self._layer is not None and self._layer.convolves and c_conv.supports(case._replace(channels_last=True))
+        candidates = [a for a in algorithms('prepared', case) if a is not c_conv]
+        return fastest(
+            'prepared', case, [c_conv] * in_c + candidates, lambda tried: self._by(tried, x),
+            may_time=len(self._algorithms) < TIMED_SIZES)
+
+    def _as_layer(self) -> c_conv.Layer | None:
+        """The attention in C, and the convolution too unless it has a bias or TensorFlow's padding."""
         attention = self.attention
+        if attention.kernel_weight is None or self.weight.dtype != torch.float32 or not c_conv.is_available():
+            return None
         maps = [None if weight is None else (weight, bias) for weight, bias in (
             (attention.squeeze_weight, attention.squeeze_bias), (attention.gates_weight, attention.gates_bias),
             (attention.kernel_weight, attention.kernel_bias))]
-        is_convolved = self.groups == 1 and self.bias is None and not self.tf_same_padding
+        *pairs, groups = self.conv_args
+        is_convolved = (
+            groups == 1 and self.bias is None and not self.tf_same_padding
+            and c_conv.takes(self.weight, self.num_kernels))
         return c_conv.Layer(
-            *maps, attention.competes, attention.gate_sizes, self.groups * self.weight.shape[1],
-            self.weight if is_convolved else None, self.shift, self.stride, self.padding, self.dilation)
+            *maps, attention.competes, attention.gate_sizes, groups * self.weight.shape[1],
+            self.weight if is_convolved else None, self.shift, *pairs)
 
-    def _is_native(self, x: Tensor) -> bool:
-        """Whether the convolution is fastest in C too: timed as the rules in `ops/cpu.py`, which serve other cases."""
-        if self.kernel_size == (1, 1):
-            return self._native.convolves and x[0].numel() < (500_000 if len(x) == 1 else 250_000)
-        return self._native.convolves and x[0, 0].numel() > 1  # of which only one tap is more than padding
+    def _padded(self, x: Tensor) -> Tensor:
+        stride, _, dilation, _ = self.conv_args
+        return pad_same(x, self.kernel_size, stride, dilation) if self.tf_same_padding else x
 
-    def _is_product(self, x: Tensor) -> bool:
-        """The same for matrix products with transposed kernels."""
-        pixels = x.shape[2] * x.shape[3] // (self.stride[0] * self.stride[1])  # of the result
-        if self.groups > 1 or self.num_kernels == 1 or len(x) >= 32 * pixels:
-            return False
-        return self.kernel_size == (1, 1) or 9 <= pixels < 400  # in smaller images some taps meet padding alone
-
-    def _forget_banks(self) -> None:
-        self._transposed = self._native = None  # the kernels laid out anew, made when they are needed
+    def _forget(self) -> None:
+        """What was made from the weights, or chosen for them, is made anew when it is needed."""
+        self._state = self._layer = None
+        self._algorithms = {}
 
     def __getstate__(self) -> dict:
-        return dict(self.__dict__, _transposed=None, _native=None)
+        return dict(self.__dict__, _state=None, _layer=None, _algorithms={})
 
-    def _apply(self, fn, recurse: bool = True):
-        self._forget_banks()  # the weights may change, as below
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args):
-        self._forget_banks()
-        super()._load_from_state_dict(*args)
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError(
+            'a prepared network can not be scripted: use torch.jit.trace or torch.export, or script the network it was '
+            'prepared from')
 
     def extra_repr(self) -> str:
-        return f'num_kernels={self.num_kernels}, kernel_size={self.kernel_size}, stride={self.stride}'
-
-
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether nothing but the result is wanted: no gradient, no graph, no other dtype, no tensor without memory."""
-    return type(x) is Tensor and x.dtype == weight.dtype in (torch.float32, torch.float64) and not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu'
-        or x.shape[0] == 0 or x.requires_grad and torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
-    )
+        return f'num_kernels={self.num_kernels}, kernel_size={self.kernel_size}, stride={self.conv_args[0]}'
 
 
 class _Tracer(torch.fx.Tracer):

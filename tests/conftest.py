@@ -7,28 +7,23 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest  # noqa: E402
 
-from fmd_timm.ops import c_conv, cpu, hybrid, im2col, per_image, per_kernel, reference  # noqa: E402
+from fmd_timm.ops import c_conv, cpu, im2col, operator, per_image, per_kernel, reference  # noqa: E402
 
-FITS = {
-    reference: lambda num_kernels, has_taps, groups: True,
-    per_kernel: lambda num_kernels, has_taps, groups: groups == 1 or num_kernels == 1 and not has_taps,
-    im2col: lambda num_kernels, has_taps, groups: groups == 1,
-    hybrid: lambda num_kernels, has_taps, groups: groups == 1,
-    per_image: lambda num_kernels, has_taps, groups: True,
-}
+ALGORITHMS = {
+    'reference': reference, 'per_kernel': per_kernel, 'im2col': im2col, 'per_image': per_image, 'both': cpu.both}
 
 
-@pytest.fixture(params=FITS, ids=lambda module: module.__name__.rpartition('.')[2])
+@pytest.fixture(params=ALGORITHMS.values(), ids=ALGORITHMS)
 def implementation(request, monkeypatch):
-    """Run the test with each implementation of dynamic_conv2d for the CPU wherever that one applies."""
-    rule = cpu.choose
+    """Run the test by each algorithm of dynamic_conv2d for the CPU, wherever it supports the case."""
+    in_order = operator.algorithms
 
-    def choose(num_kernels, has_taps, groups, **shape):
-        if FITS[request.param](num_kernels, has_taps, groups):
-            return request.param
-        return rule(num_kernels=num_kernels, has_taps=has_taps, groups=groups, **shape)
+    def algorithms(question, case):
+        if request.param.supports(case) and hasattr(request.param, question):
+            return [request.param]
+        return in_order(question, case)
 
-    monkeypatch.setattr(cpu, 'choose', choose)
+    monkeypatch.setattr(operator, 'algorithms', algorithms)
 
 
 @pytest.fixture

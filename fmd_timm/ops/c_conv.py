@@ -61,22 +61,22 @@ def takes(weight: Tensor, num_kernels: int) -> bool:
     )
 
 
-def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
-    """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; what `takes` says, B > 0, groups = 1, x float32.
+def supports(case) -> bool:
+    return (
+        case.dtype == case.weight_dtype == torch.float32 and case.groups == 1 and case.num_kernels > 1
+        and case.in_channels % WIDTH == 0 and case.out_channels % O_BLOCK == 0
+        and (case.channels_last or case.image_size == (1, 1))
+        and max(case.stride) <= 8
+        and (case.weight_channels_last or case.kernel_size == (1, 1)) and is_available()
+    )
 
-    Kernels are read as they lie in memory, channels_last; others are copied first, as are images. There is no backward
-    pass in C: `cpu.choose` has other implementations for the gradients.
-    """
+
+def forward(x, weight, attention, case) -> Tensor:
     weight = weight.contiguous(memory_format=torch.channels_last)
-    num_kernels = kernel_attn.shape[1]
-    O, I, *kernel_size = len(weight) // num_kernels, *weight.shape[1:]
-    shift = None
-    if bias is not None:
-        shift = kernel_attn.to(bias.dtype) @ bias.reshape(num_kernels, O)
-        shift = shift if out_attn is None else shift * out_attn
     layer = _without_attention(
-        I, O, num_kernels, *(tuple(pair) for pair in (kernel_size, stride, padding, dilation)))
-    return _convolve(layer, x, (kernel_attn, in_attn, out_attn, tap_attn), weight, shift)
+        case.in_channels, case.out_channels, case.num_kernels, case.kernel_size, case.stride, case.padding,
+        case.dilation)
+    return _convolve(layer, x, attention, weight, None)
 
 
 def _convolve(layer: _Layer, x: Tensor, attention: Iterable[Tensor | None], weight: Tensor | None, shift) -> Tensor:
@@ -210,8 +210,7 @@ def is_available() -> bool:
     layer = Layer(None, None, kernel, True, [0, 0, 0], 32, weight, None, (1, 1), (1, 1), (1, 1))
     share = F.linear(x.mean((2, 3)), *kernel).softmax(1)
     expected = F.conv2d(x, share[0, 0] * weight[:32] + share[0, 1] * weight[32:], padding=1)
-    without_attention = forward(x, weight, share, None, None, None, None, (1, 1), (1, 1), (1, 1), 1)
-    return all(torch.allclose(y, expected, rtol=1e-4, atol=1e-4) for y in (layer(x), without_attention))
+    return all(torch.allclose(y, expected, rtol=1e-4, atol=1e-4) for y in (layer(x),))
 
 
 @cache

@@ -1,5 +1,6 @@
-"""What a dynamic convolution is asked to do, as one value: algorithms say whether they support it, timings are kept by it.
+"""What a dynamic convolution is asked to do, as one value.
 
+Algorithms say whether they support it, and timings are kept by it.
 `output_size` is the only place that knows how many pixels a convolution has.
 """
 from functools import lru_cache
@@ -17,6 +18,9 @@ class Attention(NamedTuple):
     in_attn: Tensor | None = None  # (B, I)
     out_attn: Tensor | None = None  # (B, O)
     tap_attn: Tensor | None = None  # (B, kh * kw)
+
+
+Gradients = tuple[Tensor, Tensor, Attention]  # of x, weight and what the attention has
 
 
 class Case(NamedTuple):
@@ -38,6 +42,7 @@ class Case(NamedTuple):
     has_in_attn: bool
     has_out_attn: bool
     has_tap_attn: bool
+    device: torch.device
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -83,7 +88,7 @@ def case_of(x: Tensor, weight: Tensor, attention: Attention, stride, padding, di
     return Case(
         B, K, I, rows // K, groups, (H, W), (kh, kw), tuple(stride), tuple(padding), tuple(dilation), x.dtype,
         weight.dtype, is_channels_last(x), is_channels_last(weight),
-        in_attn is not None, out_attn is not None, tap_attn is not None)
+        in_attn is not None, out_attn is not None, tap_attn is not None, x.device)
 
 
 @lru_cache(maxsize=1024)  # a network has few sizes

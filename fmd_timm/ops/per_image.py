@@ -1,145 +1,126 @@
-"""Dynamic convolution on the CPU as one convolution per image, each with its own mixed kernel.
+"""Dynamic convolution as one convolution per image, each with its own mixed kernel; 1x1 kernels as a batch of products.
 
 Where images are large beside the kernels, a convolution of one image is as fast as its share of a batch, and all of the
 attention goes into the small kernel: images and results are not read once more for the gates. Kernels are mixed for a
-few images at a time, so that they stay in the cache. 1x1 kernels are a batch of matrix products.
+few images at a time, so that they stay in the cache.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import is_channels_last, kernel_rows, memory_format
+from .cache import cache_bytes
+from .case import Attention, Case, Gradients
+from .layout import gated, is_channels_last, kernel_rows, memory_format
 
-MIXED_BYTES = 10 * 2**20  # of the kernels mixed at once
-GRADIENT_BYTES = 2 * 2**20  # the same where each has a gradient and products with it
+
+def supports(case: Case) -> bool:
+    return True
 
 
-def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
-    """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0."""
-    share, bank = _share_and_bank(weight, kernel_attn, len(x))
-    in_gate, out_gate, tap_gate = _gates(weight, in_attn, out_attn, tap_attn, bank.shape[1], groups)
+def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
+    """The result (B, O, H', W'), as in `reference.forward`."""
+    share, bank = _share_and_bank(weight, attention, case)
+    in_gate, out_gate, tap_gate = _gates(attention, case)
     # The channels' gates go where there are fewer numbers to multiply: into the kernels, or into the images.
-    gates_kernels = bank[0].numel() <= 2 * x[0].numel()
+    gates_kernels = case.kernel_numel <= 2 * case.image_numel
     gates = (in_gate, out_gate, tap_gate) if gates_kernels else (tap_gate,)
-    y = None
-    parts, memory = _parts(len(x), bank, MIXED_BYTES)
+    y = _empty(x, case.batch, case.out_channels, case.output_size)
+    parts, memory = _parts(bank, case, 10 * cache_bytes(2))
     for part in parts:
         kernels = _gate_(_mix(share[part], bank, weight, memory), part, *gates).to(x.dtype)
-        images = x[part]
-        if in_attn is not None and not gates_kernels:
-            images = images * in_attn[part].to(x.dtype)[:, :, None, None]
-        if _is_matmul(weight, stride, padding, groups):
-            if y is None:
-                y = _empty(x, len(x), bank.shape[1])
+        images = x[part] if gates_kernels or in_gate is None else gated(x[part], attention.in_attn[part])
+        if case.is_pointwise:
             _multiply(kernels.flatten(2), _pixels(images), out=_pixels(y[part]))
+        elif case.batch == 1:
+            y = F.conv2d(images, kernels[0], None, case.stride, case.padding, case.dilation, case.groups)
         else:
             for i, b in enumerate(range(part.start, part.stop)):
-                y_b = F.conv2d(images[i:i + 1], kernels[i], None, stride, padding, dilation, groups)
-                if y is None:
-                    y = y_b if len(x) == 1 else _empty(y_b, len(x), y_b.shape[1])
-                if len(x) > 1:
-                    y[b:b + 1] = y_b  # at once, so that the next result takes the same memory
-        if out_attn is not None and not gates_kernels:
-            y[part] *= out_attn[part].to(x.dtype)[:, :, None, None]
-    if bias is not None:
-        biases = share @ bias.reshape(bank.shape[0], -1)  # (B, O)
-        y += (biases if out_attn is None else biases * out_attn.to(biases.dtype)).to(x.dtype)[:, :, None, None]
+                # copied at once, so that the next result takes the same memory
+                y[b:b + 1] = F.conv2d(
+                    images[i:i + 1], kernels[i], None, case.stride, case.padding, case.dilation, case.groups)
+        if out_gate is not None and not gates_kernels:
+            y[part] *= attention.out_attn[part].to(x.dtype)[:, :, None, None]
     return y
 
 
 def backward(
-        grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, kernel_attn, in_attn, out_attn, tap_attn and bias; None for what is None."""
-    share, bank = _share_and_bank(weight, kernel_attn, len(x))
-    K, O, _ = bank.shape
-    in_gate, out_gate, tap_gate = _gates(weight, in_attn, out_attn, tap_attn, O, groups)
-    grad_x, grad_weight = _empty(x, *x.shape[:2]), torch.zeros_like(weight)
-    grad_bank = kernel_rows(grad_weight, kernel_attn).flatten(1)
+        grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
+    """Gradients of x, weight and attention; None for what is None."""
+    share, bank = _share_and_bank(weight, attention, case)
+    in_gate, out_gate, tap_gate = _gates(attention, case)
+    grad_x, grad_weight = _empty(x, *x.shape[:2], x.shape[2:]), torch.zeros_like(weight)
+    grad_bank = kernel_rows(grad_weight, case.num_kernels).flatten(1)
     grad_share, grad_in, grad_out, grad_taps = [], [], [], []
-    parts, memory = _parts(len(x), bank, GRADIENT_BYTES)
+    parts, memory = _parts(bank, case, 2 * cache_bytes(2))  # each kernel has a gradient and products with it
     for part in parts:
         mixed = _mix(share[part], bank, weight, memory)  # (b, O, i, kh, kw)
         kernels = _times(mixed, part, in_gate, out_gate, tap_gate).to(x.dtype)
         G = torch.empty_like(mixed)  # the gradient of each image's kernel, gates included
-        if _is_matmul(weight, stride, padding, groups):
+        if case.is_pointwise:
             pixels_y, pixels_x = _pixels(grad_y[part], memory_format(x)), _pixels(x[part])
             _multiply(kernels.flatten(2).mT, pixels_y, out=_pixels(grad_x[part]))
             G.copy_(torch.bmm(pixels_y, pixels_x.mT)[..., None, None])
         else:
             for i, b in enumerate(range(part.start, part.stop)):
                 grad_x[b:b + 1], G[i], _ = torch.ops.aten.convolution_backward(
-                    grad_y[b:b + 1], x[b:b + 1], kernels[i], None, stride, padding, dilation, False, [0, 0], groups,
-                    [True, True, False],
+                    grad_y[b:b + 1], x[b:b + 1], kernels[i], None, case.stride, case.padding, case.dilation, False,
+                    [0, 0], case.groups, [True, True, False],
                 )
-        if in_attn is not None or out_attn is not None:
+        if in_gate is not None or out_gate is not None:
             by_channel = _times(G * mixed, part, tap_gate).sum((3, 4), keepdim=True)
-        if in_attn is not None:
-            by_group = _times(by_channel, part, out_gate).flatten(2).unflatten(1, (groups, -1))  # (b, g, O / g, i)
-            grad_in.append(by_group.sum(2).flatten(1))
-        if out_attn is not None:
+        if in_gate is not None:
+            by_group = _times(by_channel, part, out_gate).flatten(2).unflatten(1, (case.groups, -1))
+            grad_in.append(by_group.sum(2).flatten(1))  # (b, g, O / g, i) -> (b, I)
+        if out_gate is not None:
             grad_out.append(_times(by_channel, part, in_gate).flatten(2).sum(2))
-        if tap_attn is not None:
+        if tap_gate is not None:
             by_tap = _times(G * mixed, part, in_gate).sum(2, keepdim=True)  # (b, O, 1, kh, kw)
             grad_taps.append(_times(by_tap, part, out_gate).sum((1, 2)).flatten(1))
         G = _gate_(G, part, in_gate, out_gate, tap_gate)
         rows = (G.permute(0, 1, 3, 4, 2) if is_channels_last(weight) else G).flatten(1)  # (b, N)
         grad_share.append(rows @ bank.flatten(1).T)
         grad_bank.addmm_(share[part].T, rows)
-
-    grad_kernel_attn, grad_out_attn, grad_bias = torch.cat(grad_share), None, None
-    if out_attn is not None:
-        grad_out_attn = torch.cat(grad_out)
-    if bias is not None:
-        biases, of_bias = bias.reshape(K, O), grad_y.sum((2, 3), dtype=weight.dtype)  # (B, O)
-        if out_attn is not None:
-            grad_out_attn = grad_out_attn + of_bias * (share @ biases)
-            of_bias = of_bias * out_attn.to(weight.dtype)
-        grad_kernel_attn = grad_kernel_attn + of_bias @ biases.T
-        grad_bias = (share.T @ of_bias).reshape(-1)
-    return (
-        grad_x, grad_weight, None if kernel_attn is None else grad_kernel_attn,
-        None if in_attn is None else torch.cat(grad_in), grad_out_attn,
-        None if tap_attn is None else torch.cat(grad_taps), grad_bias,
-    )
+    if attention.kernel_attn is None:
+        grad_share = []
+    return grad_x, grad_weight, Attention(
+        *(torch.cat(parts) if parts else None for parts in (grad_share, grad_in, grad_out, grad_taps)))
 
 
 def image_gradient(
-        grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, stride, padding, dilation, groups,
-) -> tuple[Tensor, Tensor | None]:
+        grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and in_attn alone, for images that are small beside the kernels: those take the gates."""
-    share, bank = _share_and_bank(weight, kernel_attn, len(x))
-    tap_gate = _gates(weight, None, None, tap_attn, bank.shape[1], groups)[2]
-    gated_y = grad_y if out_attn is None else grad_y * out_attn.to(grad_y.dtype)[:, :, None, None]
-    grad_x = _empty(x, *x.shape[:2])
-    grad_in_attn = None if in_attn is None else torch.empty_like(in_attn)
-    parts, memory = _parts(len(x), bank, MIXED_BYTES)
+    share, bank = _share_and_bank(weight, attention, case)
+    _, _, tap_gate = _gates(attention, case)
+    gated_y = gated(grad_y, attention.out_attn)
+    grad_x = _empty(x, *x.shape[:2], x.shape[2:])
+    grad_in_attn = None if attention.in_attn is None else torch.empty_like(attention.in_attn)
+    parts, memory = _parts(bank, case, 10 * cache_bytes(2))
     for part in parts:
         kernels = _gate_(_mix(share[part], bank, weight, memory), part, tap_gate).to(x.dtype)
-        if _is_matmul(weight, stride, padding, groups):
+        if case.is_pointwise:
             _multiply(kernels.flatten(2).mT, _pixels(gated_y[part], memory_format(x)), out=_pixels(grad_x[part]))
         for i, b in enumerate(range(part.start, part.stop)):
-            if not _is_matmul(weight, stride, padding, groups):
+            if not case.is_pointwise:
                 grad_x[b:b + 1], _, _ = torch.ops.aten.convolution_backward(
-                    gated_y[b:b + 1], x[b:b + 1], kernels[i], None, stride, padding, dilation, False, [0, 0], groups,
-                    [True, False, False],
+                    gated_y[b:b + 1], x[b:b + 1], kernels[i], None, case.stride, case.padding, case.dilation, False,
+                    [0, 0], case.groups, [True, False, False],
                 )
-            if in_attn is not None:
+            if grad_in_attn is not None:
                 grad_in_attn[b] = (grad_x[b] * x[b]).sum((1, 2))
-                grad_x[b] *= in_attn[b, :, None, None].to(x.dtype)
+                grad_x[b] *= attention.in_attn[b, :, None, None].to(x.dtype)
     return grad_x, grad_in_attn
 
 
-def _share_and_bank(weight: Tensor, kernel_attn: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
-    share = weight.new_ones(batch, 1) if kernel_attn is None else kernel_attn.to(weight.dtype)
-    return share, kernel_rows(weight, kernel_attn)
+def _share_and_bank(weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor]:
+    share = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
+    return share, kernel_rows(weight, case.num_kernels)
 
 
-def _parts(batch: int, bank: Tensor, size: int) -> tuple[list[slice], Tensor]:
+def _parts(bank: Tensor, case: Case, size: int) -> tuple[list[slice], Tensor]:
     """Ranges of the images, and memory for the mixed kernels of one: fresh memory costs more than the mixing."""
-    kernel = bank[0].numel()
-    step = min(max(size // (kernel * bank.element_size()), 1), batch)
-    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)], bank.new_empty(step, kernel)
+    step = min(max(size // (case.kernel_numel * bank.element_size()), 1), case.batch)
+    parts = [slice(start, min(start + step, case.batch)) for start in range(0, case.batch, step)]
+    return parts, bank.new_empty(step, case.kernel_numel)
 
 
 def _mix(share: Tensor, bank: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
@@ -151,18 +132,19 @@ def _mix(share: Tensor, bank: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
     return rows.view(-1, O, i, kh, kw)
 
 
-def _gates(weight, in_attn, out_attn, tap_attn, O, groups) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gates(attention: Attention, case: Case) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The factors of each image's kernel (B, O, i, kh, kw), 1 wide where they are the same."""
+    _, in_attn, out_attn, tap_attn = attention
     in_gate = out_gate = tap_gate = None
     if in_attn is not None:
-        in_gate = in_attn.to(weight.dtype).unflatten(1, (groups, -1))  # (B, g, i)
-        if groups > 1:
-            in_gate = in_gate.repeat_interleave(O // groups, 1)
+        in_gate = in_attn.unflatten(1, (case.groups, -1))  # (B, g, i)
+        if case.groups > 1:
+            in_gate = in_gate.repeat_interleave(case.out_channels // case.groups, 1)
         in_gate = in_gate[..., None, None]
     if out_attn is not None:
-        out_gate = out_attn.to(weight.dtype)[..., None, None, None]
+        out_gate = out_attn[..., None, None, None]
     if tap_attn is not None:
-        tap_gate = tap_attn.to(weight.dtype).unflatten(1, weight.shape[2:])[:, None, None]
+        tap_gate = tap_attn.unflatten(1, case.kernel_size)[:, None, None]
     return in_gate, out_gate, tap_gate
 
 
@@ -180,10 +162,6 @@ def _gate_(kernels: Tensor, part: slice, *gates: Tensor | None) -> Tensor:
     return kernels
 
 
-def _is_matmul(weight: Tensor, stride, padding, groups: int) -> bool:
-    return weight.shape[2:] == (1, 1) and list(stride) == [1, 1] and list(padding) == [0, 0] and groups == 1
-
-
 def _pixels(x: Tensor, format: torch.memory_format | None = None) -> Tensor:
     """A view (b, C, P) of images (b, C, H, W) that are laid out in their format."""
     x = x.contiguous(memory_format=format or memory_format(x))
@@ -198,6 +176,6 @@ def _multiply(kernels: Tensor, pixels: Tensor, out: Tensor) -> None:
         torch.bmm(pixels.mT, kernels.mT, out=out.mT)
 
 
-def _empty(x: Tensor, batch: int, channels: int) -> Tensor:
-    size = batch, channels, *x.shape[2:]
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+def _empty(x: Tensor, batch: int, channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.empty(
+        batch, channels, *size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))

@@ -1,9 +1,8 @@
-"""Dynamic convolution in plain PyTorch: the definition that every other implementation is tested against.
+"""Dynamic convolution in plain PyTorch: the definition that every other algorithm is tested against.
 
 For image b, with K kernels W_k:
 
-    y_b = out_attn[b] * (conv(in_attn[b] * x_b, tap_attn[b] * sum_k kernel_attn[b, k] W_k)
-                         + sum_k kernel_attn[b, k] bias_k)
+    y_b = out_attn[b] * conv(in_attn[b] * x_b, tap_attn[b] * sum_k kernel_attn[b, k] W_k)
 
 CondConv (arXiv 1904.04971) and DyConv (arXiv 1912.03458) have only kernel_attn, FMDConv (arXiv 2503.17530) adds in_attn
 and out_attn, ODConv (ICLR 2022) also tap_attn. The form is the one of the FMDConv and ODConv authors: the mixed kernels
@@ -13,73 +12,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .case import Attention, Case, Gradients
+from .layout import gated
 
-def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups) -> Tensor:
-    """Arguments, shapes and result of `fmd_timm.ops.dynamic_conv2d`; B > 0, any device and floating dtype."""
-    B, I, H, W = x.shape
-    if kernel_attn is None:
-        kernel_attn = weight.new_ones(B, 1)
-    if in_attn is not None:
-        x = x * in_attn.to(x.dtype)[:, :, None, None]
-    kernels = _mix(weight, kernel_attn)  # (B, O, i, taps)
-    if tap_attn is not None:
-        kernels = kernels * tap_attn.to(weight.dtype)[:, None, None, :]
-    kernels = kernels.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (B * O, i, h, w)
-    y = F.conv2d(x.reshape(1, B * I, H, W), kernels, None, stride, padding, dilation, groups * B)
-    y = y.reshape(B, -1, y.shape[2], y.shape[3])
-    if bias is not None:
-        y = y + (kernel_attn.to(bias.dtype) @ bias.reshape(kernel_attn.shape[1], -1)).to(y.dtype)[:, :, None, None]
-    if out_attn is not None:
-        y = y * out_attn.to(y.dtype)[:, :, None, None]
-    return y
+
+def supports(case: Case) -> bool:
+    return True
+
+
+def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
+    """The result (B, O, H', W') for images x (B, I, H, W) and kernels (K * O, I / groups, kh, kw); B > 0.
+
+    The attention is in the dtype of `weight`, which may be another than that of the images.
+    """
+    kernels = _times_taps(_mixed(weight, attention, case), attention)
+    kernels = kernels.reshape(-1, *weight.shape[1:]).to(x.dtype)  # (B * O, i, kh, kw)
+    images = gated(x, attention.in_attn).reshape(1, -1, *x.shape[2:])
+    y = F.conv2d(images, kernels, None, case.stride, case.padding, case.dilation, case.groups * case.batch)
+    return gated(y.reshape(case.batch, case.out_channels, *y.shape[2:]), attention.out_attn)
 
 
 def backward(
-        grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, bias, stride, padding, dilation, groups,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, kernel_attn, in_attn, out_attn, tap_attn and bias; None for what is None.
+        grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
+    """Gradients of x, weight and attention; None for what is None.
 
     The gradient of image b's kernel, G_b, is taken before out_attn; its products with the rows of the K kernels are all
     that kernel_attn and out_attn need, so that nothing is divided by a gate that may be 0.
     """
-    B, I, H, W = x.shape
-    dtype = weight.dtype
-    share = weight.new_ones(B, 1) if kernel_attn is None else kernel_attn.to(dtype)
-    K = share.shape[1]
-    bank = weight.reshape(K, weight.shape[0] // K, weight.shape[1], -1)  # (K, O, i, taps)
-    out = 1 if out_attn is None else out_attn.to(dtype)[:, :, None, None]  # (B, O, 1, 1)
-    taps = 1 if tap_attn is None else tap_attn.to(dtype)[:, None, None, :]  # (B, 1, 1, taps)
-    mixed = _mix(weight, share)  # (B, O, i, taps)
-    gated_x = x if in_attn is None else x * in_attn.to(x.dtype)[:, :, None, None]
-
+    B, K, O = case.batch, case.num_kernels, case.out_channels
+    kernel_attn, in_attn, out_attn, tap_attn = attention
+    share = weight.new_ones(B, 1) if kernel_attn is None else kernel_attn
+    mixed = _mixed(weight, attention, case)  # (B, O, i, taps)
+    out = 1 if out_attn is None else out_attn[:, :, None, None]
     grad_x, G, _ = torch.ops.aten.convolution_backward(
-        grad_y.reshape(1, -1, *grad_y.shape[2:]), gated_x.reshape(1, B * I, H, W),
-        (mixed * taps * out).reshape(-1, *weight.shape[1:]).to(x.dtype), None,
-        stride, padding, dilation, False, [0, 0], groups * B, [True, True, False],
+        grad_y.reshape(1, -1, *grad_y.shape[2:]), gated(x, in_attn).reshape(1, -1, *x.shape[2:]),
+        (_times_taps(mixed, attention) * out).reshape(-1, *weight.shape[1:]).to(x.dtype), None,
+        case.stride, case.padding, case.dilation, False, [0, 0], case.groups * B, [True, True, False],
     )
-    grad_x = grad_x.reshape(x.shape)
-    G = G.reshape(mixed.shape).to(dtype)
-    products = torch.einsum('boit,koit->bko', G * taps, bank)
-    grad_bias, of_bias = None, grad_y.sum((2, 3), dtype=dtype)  # (B, O)
-    if bias is not None:
-        products = products + of_bias[:, None] * bias.reshape(1, K, -1)
-        grad_bias = (share.T @ (of_bias if out_attn is None else of_bias * out_attn.to(dtype))).reshape(-1)
-
-    grad_kernel_attn = grad_in_attn = grad_out_attn = grad_tap_attn = None
-    if kernel_attn is not None:
-        grad_kernel_attn = products.sum(2) if out_attn is None else (products * out_attn.to(dtype)[:, None]).sum(2)
-    if in_attn is not None:
-        grad_in_attn = (grad_x * x).sum((2, 3))
-        grad_x = grad_x * in_attn.to(x.dtype)[:, :, None, None]
-    if out_attn is not None:
-        grad_out_attn = (products * share[:, :, None]).sum(1)
-    if tap_attn is not None:
-        grad_tap_attn = (G * out * mixed).sum((1, 2))
-    grad_weight = (share.T @ (G * taps * out).reshape(B, -1)).reshape(weight.shape)
-    return grad_x, grad_weight, grad_kernel_attn, grad_in_attn, grad_out_attn, grad_tap_attn, grad_bias
+    grad_x, G = grad_x.reshape(x.shape), G.reshape(mixed.shape).to(weight.dtype)
+    gated_G = _times_taps(G, attention)
+    products = torch.einsum('boit,koit->bko', gated_G, weight.reshape(K, O, -1, mixed.shape[3]))
+    gradients = Attention(
+        None if kernel_attn is None else (products * (1 if out_attn is None else out_attn[:, None])).sum(2),
+        None if in_attn is None else (grad_x * x).sum((2, 3)),
+        None if out_attn is None else (products * share[:, :, None]).sum(1),
+        None if tap_attn is None else (G * out * mixed).sum((1, 2)),
+    )
+    grad_weight = (share.T @ (gated_G * out).reshape(B, -1)).reshape(weight.shape)
+    return gated(grad_x, in_attn), grad_weight, gradients
 
 
-def _mix(weight: Tensor, kernel_attn: Tensor) -> Tensor:
-    B, K = kernel_attn.shape
-    mixed = kernel_attn.to(weight.dtype) @ weight.reshape(K, -1)
-    return mixed.reshape(B, weight.shape[0] // K, weight.shape[1], -1)  # (B, O, i, taps)
+def _mixed(weight: Tensor, attention: Attention, case: Case) -> Tensor:
+    share = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
+    mixed = share @ weight.reshape(case.num_kernels, -1)
+    return mixed.reshape(case.batch, case.out_channels, weight.shape[1], -1)  # (B, O, i, taps)
+
+
+def _times_taps(kernels: Tensor, attention: Attention) -> Tensor:
+    return kernels if attention.tap_attn is None else kernels * attention.tap_attn[:, None, None, :]

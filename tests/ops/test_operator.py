@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmd_timm import dynamic_conv2d
-from fmd_timm.ops import c_conv, cpu, im2col, per_image
+from fmd_timm.ops import c_conv, im2col, operator, per_image
 
 ARGUMENTS = 'x', 'weight', 'kernel_attn', 'in_attn', 'out_attn', 'tap_attn', 'bias'
 
@@ -128,10 +128,8 @@ PROOF = {  # as SHAPES: every kernel size, stride, dilation, groups and K, with 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several tiles of output channels, and mixed kernels of one image at a time."""
-    monkeypatch.setattr(im2col, 'TILE_BYTES', 1)
-    monkeypatch.setattr(im2col, 'GRADIENT_BYTES', 1)
-    monkeypatch.setattr(per_image, 'MIXED_BYTES', 1)
-    monkeypatch.setattr(per_image, 'GRADIENT_BYTES', 1)
+    for algorithm in im2col, per_image:
+        monkeypatch.setattr(algorithm, 'cache_bytes', lambda level: 1)
 
 
 @pytest.mark.parametrize('dtype, tolerance', [
@@ -179,8 +177,12 @@ IN_C = {  # as SHAPES, of images in channels_last
 @pytest.fixture
 def convolved_in_c(monkeypatch, compiled):
     """Forward passes in C wherever they can be; a list of those."""
-    calls, rule, forward = [], cpu.choose, c_conv.forward
-    monkeypatch.setattr(cpu, 'choose', lambda **shape: c_conv if shape['fits_native'] else rule(**shape))
+    calls, in_order, forward = [], operator.algorithms, c_conv.forward
+
+    def algorithms(question, case):
+        return [c_conv] if question == 'forward' and c_conv.supports(case) else in_order(question, case)
+
+    monkeypatch.setattr(operator, 'algorithms', algorithms)
     monkeypatch.setattr(c_conv, 'forward', lambda *args: calls.append(args) or forward(*args))
     return calls
 
@@ -279,7 +281,7 @@ def test_a_shape_that_does_not_fit_is_named(change, message):
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
 def test_operator_is_registered_as_pytorch_asks(memory_format, tap_attn, implementation):
     tensors, conv_args = make_inputs(*SHAPES['3x3'], dtype=torch.float32, tap_attn=tap_attn)
-    x, weight, *rest = (tensors.get(name) for name in ARGUMENTS)
+    x, weight, *rest = (tensors.get(name) for name in ARGUMENTS if name != 'bias')
     x, weight = (t.detach().to(memory_format=memory_format).requires_grad_() for t in (x, weight))
     conv_args = [[1, 1], [1, 1], [1, 1], 1]
     torch.library.opcheck(torch.ops.fmd_timm.dynamic_conv2d.default, (x, weight, *rest, *conv_args))
