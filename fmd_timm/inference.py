@@ -8,6 +8,7 @@ import collections
 import copy
 import logging
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -71,6 +72,13 @@ def prepare_for_inference(
     return model
 
 
+class _Made(NamedTuple):
+    """What a prepared layer made of its parameters."""
+    state: list[tuple[int, int]]  # where they were and which version they had
+    layer: c_conv.Layer | None
+    algorithms: dict[tuple, ModuleType]  # that are the fastest, by the shape and layout of the images and the threads
+
+
 class PreparedConv2d(nn.Module):
     """A dynamic convolution for inference together with the BatchNorm behind it.
 
@@ -101,21 +109,22 @@ class PreparedConv2d(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         self.attention = conv.attention.fold()
-        self._forget()
+        self._made: _Made | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._is_plain(x):
             return self._by_operator(x)
         # Changes of a parameter are seen, except through `.data` in the same memory: PyTorch keeps no note of those.
-        state = [(t.data_ptr(), t._version) for t in self.parameters()]
-        if state != self._state:
-            self._forget()
-            self._state, self._layer = state, self._as_layer()
+        parameters = *self._parameters.values(), *self.attention._parameters.values()
+        state = [(t.data_ptr(), t._version) for t in parameters if t is not None]
+        made = self._made
+        if made is None or made.state != state:
+            made = self._made = _Made(state, self._in_c(), {})
         key = x.shape, x.is_contiguous(memory_format=torch.channels_last), torch.get_num_threads()
-        algorithm = self._algorithms.get(key)
+        algorithm = made.algorithms.get(key)
         if algorithm is None:
-            algorithm = self._algorithms[key] = self._fastest(x)
-        return self._by(algorithm, x)
+            algorithm = made.algorithms[key] = self._fastest(x, made)
+        return self._by(algorithm, x, made.layer)
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether nothing but the result is wanted: no gradient, no graph, no other dtype, no tensor without memory."""
@@ -130,27 +139,28 @@ class PreparedConv2d(nn.Module):
         y = dynamic_conv2d(self._padded(x), self.weight, *attention, self.bias, *self.conv_args)
         return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
 
-    def _by(self, algorithm: ModuleType, x: Tensor) -> Tensor:
+    def _by(self, algorithm: ModuleType, x: Tensor, layer: c_conv.Layer | None) -> Tensor:
         if algorithm is c_conv:
-            return self._layer(x)
-        attention = Attention(*(self.attention(x) if self._layer is None else self._layer.attend(x)))
+            return layer(x)
+        attention = Attention(*(self.attention(x) if layer is None else layer.attend(x)))
         y = convolve(self._padded(x), self.weight, attention, *self.conv_args, algorithm)
         if self.bias is not None:
             y += mixed_bias(self.bias, attention.kernel_attn, attention.out_attn)[:, :, None, None]
         return y if self.shift is None else y.add_(self.shift[:, None, None])
 
-    def _fastest(self, x: Tensor) -> ModuleType:
-        """The algorithm for images of this size; C stands for attention and convolution in C."""
-        padded = self._padded(x)
-        check(padded, self.weight, Attention(*self.attention(x)), *self.conv_args)
-        case = case_of(padded, self.weight, Attention(*self.attention(x)), *self.conv_args)
-        in_c = self._layer is not None and self._layer.convolves and c_conv.supports(case._replace(channels_last=True))
-        candidates = [a for a in algorithms('prepared', case) if a is not c_conv]
+    def _fastest(self, x: Tensor, made: '_Made') -> ModuleType:
+        """The algorithm for images of this size; that of C stands for attention and convolution in one call."""
+        padded, attention = self._padded(x), Attention(*self.attention(x))
+        check(padded, self.weight, attention, *self.conv_args)
+        case = case_of(padded, self.weight, attention, *self.conv_args)
+        candidates = [algorithm for algorithm in algorithms('prepared', case) if algorithm is not c_conv]
+        if made.layer is not None and made.layer.convolves:
+            candidates.insert(0, c_conv)
         return fastest(
-            'prepared', case, [c_conv] * in_c + candidates, lambda tried: self._by(tried, x),
-            may_time=len(self._algorithms) < TIMED_SIZES)
+            'prepared', case, candidates, lambda tried: self._by(tried, x, made.layer),
+            may_time=len(made.algorithms) < TIMED_SIZES)
 
-    def _as_layer(self) -> c_conv.Layer | None:
+    def _in_c(self) -> c_conv.Layer | None:
         """The attention in C, and the convolution too unless it has a bias or TensorFlow's padding."""
         attention = self.attention
         if attention.kernel_weight is None or self.weight.dtype != torch.float32 or not c_conv.is_available():
@@ -170,13 +180,8 @@ class PreparedConv2d(nn.Module):
         stride, _, dilation, _ = self.conv_args
         return pad_same(x, self.kernel_size, stride, dilation) if self.tf_same_padding else x
 
-    def _forget(self) -> None:
-        """What was made from the weights, or chosen for them, is made anew when it is needed."""
-        self._state = self._layer = None
-        self._algorithms = {}
-
     def __getstate__(self) -> dict:
-        return dict(self.__dict__, _state=None, _layer=None, _algorithms={})
+        return dict(self.__dict__, _made=None)
 
     def __prepare_scriptable__(self) -> None:
         raise NotImplementedError(

@@ -16,12 +16,13 @@ from fmd_timm import (
     DynamicConv2d,
     FMDConv2d,
     ODConv2d,
+    inference,
     make_dynamic,
     prepare_for_inference,
     set_temperature,
 )
 from fmd_timm.inference import PreparedConv2d
-from fmd_timm.ops import c_conv, cpu
+from fmd_timm.ops import c_conv, im2col, per_image
 
 METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
 
@@ -54,18 +55,25 @@ def assert_same(prepared, model, x, tolerance=1e-5):
     assert error < tolerance, f'relative error {error:.1e}'
 
 
-@pytest.fixture(params=['rules', 'c_conv', 'products', 'no products'])
+def prefer(algorithm, monkeypatch):
+    """Prepared layers take this algorithm wherever it is among those that may be fastest."""
+    def fastest(question, case, algorithms, run, may_time):
+        return algorithm if algorithm in algorithms else algorithms[0]
+
+    monkeypatch.setattr(inference, 'fastest', fastest)
+
+
+@pytest.fixture(params=['fastest', 'c_conv', 'im2col', 'per_image without C'])
 def way(request, monkeypatch):
-    """Convolutions as the rules have it, all in C that can be, as products with transposed kernels, or neither."""
+    """Convolutions as they are fastest, or all that can be by one algorithm."""
     if request.param == 'c_conv':
         request.getfixturevalue('compiled')
-        monkeypatch.setattr(PreparedConv2d, '_is_native', lambda self, x: self._native.convolves)
-    elif request.param != 'rules':
+        prefer(c_conv, monkeypatch)
+    elif request.param == 'im2col':
+        prefer(im2col, monkeypatch)
+    elif request.param != 'fastest':
+        prefer(per_image, monkeypatch)
         monkeypatch.setattr(c_conv, 'is_available', lambda: False)
-    if request.param == 'products':
-        monkeypatch.setattr(PreparedConv2d, '_is_product', lambda self, x: self.groups == 1)
-    if request.param == 'no products':
-        monkeypatch.setattr(PreparedConv2d, '_is_product', lambda self, x: False)
 
 
 @pytest.mark.parametrize('batch', [1, 3])
@@ -106,8 +114,8 @@ def test_in_c_a_layer_computes_the_same(shape, layer, batch, threads, compiled, 
     x = torch.randn(batch, I, *size)
     expected = copy.deepcopy(net).double()(x.double())
     prepared, threads_before = PreparedConv2d(*net), torch.get_num_threads()
-    monkeypatch.setattr(PreparedConv2d, '_is_product', None)  # neither PyTorch's products
-    monkeypatch.setattr(cpu, 'forward', None)  # nor convolutions
+    prefer(c_conv, monkeypatch)
+    monkeypatch.setattr(inference, 'convolve', None)  # of PyTorch
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():

@@ -52,10 +52,13 @@ def dynamic_conv2d(
         ValueError: An argument is of the wrong shape, dtype, device or range; the message names it.
     """
     if not torch.jit.is_scripting():
+        for name, value in dict(stride=stride, padding=padding, dilation=dilation).items():
+            if not isinstance(value, int) and len(value) != 2:
+                raise ValueError(f'{name} must be one number or two, got {value}')
         if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
             rows = tuple(weight.shape[:1])
             raise ValueError(f'bias must have shape {rows}, got {tuple(bias.shape)}; and be float, got {bias.dtype}')
-        if _autocasts(x):
+        if isinstance(x, Tensor) and _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
     y = torch.ops.fmd_timm.dynamic_conv2d(
         x, weight, kernel_attn, in_attn, out_attn, tap_attn, _pair(stride), _pair(padding), _pair(dilation), groups)

@@ -99,14 +99,17 @@ def used_taps(size: int, taps: int, stride: int, padding: int, dilation: int) ->
     pixel needs no stride, a kernel of one tap no dilation.
     """
     count = output_size(size, taps, stride, padding, dilation)
-    meeting = [
-        tap for tap in range(taps)
-        if any(0 <= out * stride - padding + tap * dilation < size for out in range(count))
-    ]
+    meeting = []
+    for tap in range(taps):
+        start = tap * dilation - padding  # the pixel under the tap for the first result
+        out = max(-(start // stride), 0)  # the first result for which it is not left of the image
+        if out < count and start + out * stride < size:
+            meeting.append(tap)
     first, last = (meeting[0], meeting[-1]) if meeting else (0, taps - 1)
     cropped = padding - first * dilation
     if cropped < 0 or output_size(size, last - first + 1, stride, cropped, dilation) != count:
         first, last, cropped = 0, taps - 1, padding
-    if output_size(size, last - first + 1, 1, cropped, dilation) == count:
-        stride = 1
+    # The smallest stride with the same result: algorithms multiply it with sizes.
+    is_dense = output_size(size, last - first + 1, 1, cropped, dilation) == count
+    stride = 1 if is_dense else min(stride, size + 2 * padding)
     return slice(first, last + 1), stride, cropped, 1 if first == last else dilation

@@ -34,8 +34,10 @@ def check(x: Tensor, weight: Tensor, attention: Attention, stride, padding, dila
         ValueError: Names the argument, what it is and what was expected.
     """
     for name, t in dict(x=x, weight=weight, **attention._asdict()).items():
-        if t is None:
+        if t is None and name not in ('x', 'weight'):
             continue
+        if not isinstance(t, Tensor):
+            raise ValueError(f'{name} must be a tensor, got {t}')
         if t.dtype not in DTYPES:
             raise ValueError(f'{name} must be float32, float64, float16 or bfloat16, got {t.dtype}')
         if t.device != x.device:
@@ -140,12 +142,7 @@ def _empty_result(x, weight, kernel_attn, conv_args) -> Tensor:
 )
 def _backward(grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, *conv_args):
     attention = Attention(kernel_attn, in_attn, out_attn, tap_attn)
-    check(x, weight, attention, *conv_args)
-    size = _result_size(x, weight, kernel_attn, *conv_args[:3])
-    if (tuple(grad_y.shape), grad_y.dtype, grad_y.device) != (size, x.dtype, x.device):
-        raise ValueError(
-            f'grad_y must have shape {size}, {x.dtype} and {x.device}, got {tuple(grad_y.shape)}, {grad_y.dtype} and '
-            f'{grad_y.device}')
+    _check_backward(grad_y, x, weight, attention, conv_args)
     tensors = x, weight, *attention
     if x.shape[0] == 0:
         return tuple(x.new_empty(0) if t is None else torch.zeros_like(t) for t in tensors)
@@ -154,9 +151,20 @@ def _backward(grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, *conv
     return tuple(x.new_empty(0) if t is None else _laid_out_as(g, t) for g, t in zip(gradients, tensors))
 
 
+def _check_backward(grad_y, x, weight, attention, conv_args) -> None:
+    check(x, weight, attention, *conv_args)
+    size = _result_size(x, weight, attention.kernel_attn, *conv_args[:3])
+    found = tuple(grad_y.shape), grad_y.dtype, grad_y.device, grad_y.layout
+    expected = size, x.dtype, x.device, x.layout
+    if found != expected:
+        raise ValueError(f'grad_y must have shape, dtype, device and layout {expected}, got {found}')
+
+
 @_backward.register_fake
 def _(grad_y, x, weight, kernel_attn, in_attn, out_attn, tap_attn, *conv_args):
-    tensors = x, weight, kernel_attn, in_attn, out_attn, tap_attn
+    attention = Attention(kernel_attn, in_attn, out_attn, tap_attn)
+    _check_backward(grad_y, x, weight, attention, conv_args)
+    tensors = x, weight, *attention
     return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in tensors)
 
 
