@@ -45,8 +45,8 @@ def check(x: Tensor, weight: Tensor, attention: Attention, stride, padding, dila
         if t.layout != torch.strided:
             raise ValueError(f'{name} must be a strided tensor, got {t.layout}')
     for name, pair, least in ('stride', stride, 1), ('padding', padding, 0), ('dilation', dilation, 1):
-        if len(pair) != 2 or pair[0] < least or pair[1] < least:
-            raise ValueError(f'{name} must be two numbers of at least {least}, got {tuple(pair)}')
+        if len(pair) != 2 or not all(least <= number < 2**31 for number in pair):  # products of two fit 64 bits
+            raise ValueError(f'{name} must be two numbers from {least} to 2**31 - 1, got {tuple(pair)}')
     if groups < 1:
         raise ValueError(f'groups must be at least 1, got {groups}')
     if x.ndim != 4 or min(x.shape[1:]) < 1:
