@@ -60,8 +60,12 @@ def dynamic_conv2d(
             raise ValueError(f'bias must have shape {rows}, got {tuple(bias.shape)}; and be float, got {bias.dtype}')
         if isinstance(x, Tensor) and _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = torch.ops.fmd_timm.dynamic_conv2d(
-        x, weight, kernel_attn, in_attn, out_attn, tap_attn, _pair(stride), _pair(padding), _pair(dilation), groups)
+    s, p, d = _pair(stride), _pair(padding), _pair(dilation)
+    if not torch.jit.is_scripting() and operator.is_plain(x, weight):
+        y = operator.forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, s, p, d, groups)
+    else:
+        y = torch.ops.fmd_timm.dynamic_conv2d(
+            x, weight, kernel_attn, in_attn, out_attn, tap_attn, s, p, d, groups)
     if bias is None:
         return y
     return y + mixed_bias(bias, kernel_attn, out_attn).to(y.dtype)[:, :, None, None]
