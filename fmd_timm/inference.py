@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import DynamicConv2d
-from .layers.attention import FoldedAttention, norm_as_affine
+from .layers.folded import FoldedAttention, norm_as_affine
 from .ops import c_conv, cpu, dynamic_conv2d, prepared
 
 __all__ = ['prepare_for_inference']

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch.nn as nn
 
-from .dynamic_conv import DynamicConv2d, FMDConv2d
+from .dynamic_conv import DynamicConv2d
+from .fmd_conv import FMDConv2d
 
 __all__ = ['make_dynamic']
 
