@@ -18,7 +18,7 @@ import train
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from fmd_timm.schedule import annealed_temperature
+from fmd_timm.layers import annealed_temperature
 
 RECIPES = Path(train.__file__).parent
 
