@@ -6,9 +6,9 @@ images of random numbers are, forward and backward, and compared with the refere
 import logging
 import subprocess
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ MESSAGES = 'PassManager::run failed', 'Failed to find C compiler', 'Cannot find 
 _right: dict[tuple[int, Case], bool] = {}
 
 
-class TritonConv(NamedTuple):
+@dataclass(frozen=True)
+class TritonConv:
     """An algorithm like the modules: `triton_conv.py` with one of its tiles."""
     channels: int  # of the result that a program computes
     fallback: ModuleType  # the algorithm for what Triton can't do here

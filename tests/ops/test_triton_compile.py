@@ -117,7 +117,7 @@ def spills_in_loops(assembly):
             yield from (inside for inside in lines[labels[jump[1]]:end] if re.search(r'\b(LDL|STL)\b', inside))
 
 
-def sweep():
+def configurations():
     """The quick case first, then what is slow."""
     yield pytest.param(90, torch.bfloat16, torch.float32, 4, LAYERS, id='sm_90-bfloat16-4')
     for capability in SHARED_MEMORY:
@@ -132,7 +132,7 @@ def sweep():
                         marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize('capability, dtype, weight_dtype, K, layers', sweep())
+@pytest.mark.parametrize('capability, dtype, weight_dtype, K, layers', list(configurations()))
 def test_every_tile_compiles_without_spilling(capability, dtype, weight_dtype, K, layers, monkeypatch, tmp_path):
     launches = record_launches(monkeypatch, dtype, weight_dtype, K, layers)
     assert {kernel.__name__ for kernel, _, _ in launches} == {name for _, name in KERNELS}
