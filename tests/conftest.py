@@ -2,9 +2,8 @@ import os
 import shutil
 import sys
 import tempfile
-from pathlib import Path
 
-from hub_server import HubServer, redirect_clients
+from hub_server import HubServer, empty_caches, redirect_clients
 
 # Tensors are small here: more threads would only wait for each other, on a busy machine for long.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -38,12 +37,6 @@ def hub_server():
     """A Hub in place of huggingface.co for whatever the tests do, themselves or in other processes."""
     with CLIENTS_HOME, HUB:
         yield HUB
-
-
-def empty_caches():
-    """Let clients forget what they have loaded."""
-    for path in Path(CLIENTS_HOME.name).iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture

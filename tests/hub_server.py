@@ -19,11 +19,13 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import struct
 import threading
 from collections.abc import Callable, MutableMapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITE_TOKEN, READ_TOKEN = 'hf_write', 'hf_read'
@@ -373,3 +375,9 @@ def redirect_clients(environment: MutableMapping[str, str], endpoint: str, home:
             del environment[name]
     environment.update(HF_ENDPOINT=endpoint, HF_HOME=home, NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
     environment.update({f'HF_HUB_DISABLE_{what}': '1' for what in ('XET', 'TELEMETRY', 'PROGRESS_BARS')})
+
+
+def empty_caches():
+    """Let clients forget what they have loaded."""
+    for path in Path(os.environ['HF_HOME']).iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -4,10 +4,10 @@
     assert done.returncode == 0, done.stderr
 
 A new interpreter takes about five seconds to import PyTorch, timm, accelerate, datasets and transformers. Python's fork
-server does it once. It does not import fmd_timm and the recipes: each process finds its own, by PYTHONPATH and its script.
+server does it once. It imports neither fmd_timm nor a recipe: each process finds its own by PYTHONPATH and its script.
 
-What these libraries read from the environment while they are imported (HF_ENDPOINT, HF_HOME, OMP_NUM_THREADS) is that of
-the tests, whatever `env` says. A test of what is imported needs a new interpreter.
+What these libraries read from the environment while they are imported (HF_ENDPOINT, HF_HOME, OMP_NUM_THREADS) is what
+the tests have, whatever `env` says. A test of what is imported needs a new interpreter.
 """
 import functools
 import json
@@ -26,7 +26,8 @@ IMPORTED = [
     'accelerate', 'datasets', 'sklearn.datasets', 'sklearn.model_selection', 'timm', 'torch.utils.tensorboard',
     'torchvision', 'transformers.models.timm_wrapper.modeling_timm_wrapper',
 ]
-FORKS = multiprocessing.get_context('forkserver')
+START_METHOD = 'forkserver'
+FORKS = multiprocessing.get_context(START_METHOD)
 FORKS.set_forkserver_preload(IMPORTED)
 
 
@@ -55,7 +56,7 @@ def launch(
         env: Mapping[str, str] | None = None,
         timeout: float = 300,
 ) -> list[subprocess.CompletedProcess]:
-    """So many of them at once, with the variables of torchrun by which they find each other. One that fails ends all."""
+    """So many at once, with the variables of torchrun by which they find each other. One that fails ends all."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]

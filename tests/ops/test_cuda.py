@@ -1,9 +1,8 @@
 """The rules for CUDA and what happens without Triton; test_triton.py runs the algorithms they choose."""
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -135,7 +134,7 @@ def test_without_triton_everything_works_with_one_warning():
         'import test_cuda\n'
         'test_cuda.assert_falls_back_with_one_warning(*test_cuda.small_inputs(), "Triton fails.*triton")\n'
     )
-    run = subprocess.run([sys.executable, '-c', script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    run = processes.run('-c', script, cwd=Path(__file__).parent)
     assert run.returncode == 0, run.stderr
 
 

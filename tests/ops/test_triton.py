@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-import test_golden
 import torch
+from inputs import GOLDEN_CASES, check_against_the_authors_code
 
 from fmd_timm.ops import cuda, reference
 
@@ -239,7 +239,7 @@ def test_tiles_of_the_rules(algorithm, kernel, size, dtype, monkeypatch):
 @pytest.mark.skipif(DEVICE == 'cuda', reason='runs layers on the CPU through the CUDA functions')
 @pytest.mark.filterwarnings('ignore:dynamic_conv2d. its kernels for CUDA take')  # 12 channels, 4 groups
 @pytest.mark.parametrize('mode', [pytest.param('eval', marks=slow), 'train'])
-@pytest.mark.parametrize('name', test_golden.CASES)
+@pytest.mark.parametrize('name', GOLDEN_CASES)
 def test_golden_numbers_hold(name, mode, monkeypatch):
     from fmd_timm.ops import cpu
     monkeypatch.setattr(cpu, 'forward', cuda.forward)
@@ -247,5 +247,5 @@ def test_golden_numbers_hold(name, mode, monkeypatch):
     monkeypatch.setattr(cuda, 'FEW_RESULTS', 0)
     monkeypatch.setattr(cuda, 'DENSE_UP_TO', 0)
     with torch.backends.cudnn.flags(allow_tf32=False):
-        test_golden.test_layer_equals_the_authors_code(name, mode, torch.float32, None)
+        check_against_the_authors_code(name, mode, torch.float32)
     assert not cuda._triton_failed
