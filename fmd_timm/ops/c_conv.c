@@ -267,7 +267,7 @@ typedef struct {
 
 static inline __attribute__((always_inline)) void multiply_tile(const Tile *t, const int pixels) {
     const float *x = t->x, *panel = t->panel;
-    const char *line = t->ahead.line, *end = line + t->ahead.length;
+    const char *line = t->ahead.line, *end = line ? line + t->ahead.length : 0;
     float *y = t->y;
     long out_channels = t->out_channels;
     vec sums[COLUMNS][2] = {0};
