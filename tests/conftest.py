@@ -1,9 +1,15 @@
 import os
 import shutil
 import sys
+import tempfile
+
+from hub_server import HubServer, empty_caches, redirect_clients
 
 # Tensors are small here: more threads would only wait for each other, on a busy machine for long.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# Libraries read these variables when they are imported.
+HUB, CLIENTS_HOME = HubServer(), tempfile.TemporaryDirectory()
+redirect_clients(os.environ, HUB.endpoint, CLIENTS_HOME.name)
 
 import pytest  # noqa: E402
 
@@ -24,6 +30,21 @@ def implementation(request, monkeypatch):
         return in_order(question, case)
 
     monkeypatch.setattr(operator, 'algorithms', algorithms)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def hub_server():
+    """A Hub in place of huggingface.co for whatever the tests do, themselves or in other processes."""
+    with CLIENTS_HOME, HUB:
+        yield HUB
+
+
+@pytest.fixture
+def hub(hub_server):
+    """An empty Hub, and clients with empty caches."""
+    hub_server.clear()
+    empty_caches()
+    return hub_server
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """A Hugging Face Hub on 127.0.0.1, small and in memory, for tests that publish and load with the real clients.
 
-    with HubServer() as hub:
-        subprocess.run([sys.executable, 'publish.py'], env=hub.env(home=tmp_path), check=True)
+    def test_weights_are_published(hub, monkeypatch):
+        monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
+        HfApi().upload_folder(repo_id='acme/model', folder_path='run')
         assert 'model.safetensors' in hub.repos['acme/model'].commits[-1]
 
-Clients read HF_ENDPOINT when they are imported: each needs a process of its own, started with `hub.env(home)`.
+Clients read HF_ENDPOINT and HF_HOME when they are imported. So conftest.py sets both first of all, and every test and
+every process that a test starts talks to this Hub.
 What they ask for was found by logging huggingface_hub 2.4, timm 1.0.31 and datasets 5.2. How this differs from the Hub:
 
-* Uploads go by LFS, in one part. There is no Xet; `hub.env` switches it off, because no answer of a server would.
+* Uploads go by LFS, in one part. There is no Xet, and clients are told not to use it: no answer of a server would do.
 * `main` is the only branch. There are no tags and no pull requests.
 * Large files come from the server itself, without a redirect, and the metadata in a README.md is not checked.
 """
@@ -17,10 +19,11 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -338,11 +341,8 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
         self.endpoint = f'http://127.0.0.1:{self.server_port}'
-        self.repos: dict[str, Repo] = {}  # 'acme/model', 'datasets/acme/dataset'
-        self.blobs: dict[str, bytes] = {}  # sha256 -> content, of what came by LFS
-        self.drops: dict[str, int] = {}  # path suffix -> bytes to send before the reset
-        self.log: list[tuple[str, str]] = []  # (method, path) of every request
         self.lock = threading.Lock()  # one repository or commit is made at a time
+        self.clear()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()  # seconds to notice shutdown
@@ -352,6 +352,12 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         super().__exit__(*args)
 
+    def clear(self):
+        self.repos: dict[str, Repo] = {}  # 'acme/model', 'datasets/acme/dataset'
+        self.blobs: dict[str, bytes] = {}  # sha256 -> content, of what came by LFS
+        self.drops: dict[str, int] = {}  # path suffix -> bytes to send before the reset
+        self.log: list[tuple[str, str]] = []  # (method, path) of every request
+
     def gate(self, key: str):
         """Nobody may download from this repository any more; its metadata stays visible."""
         self.repos[key].gated = True
@@ -360,12 +366,18 @@ class HubServer(ThreadingHTTPServer):
         """The next GET of such a file ends with a connection reset after so many bytes."""
         self.drops[path_suffix] = after_bytes
 
-    def env(self, home: Path, token: str | None = WRITE_TOKEN) -> dict[str, str]:
-        """The environment of a client process that talks to this Hub and keeps its files below `home`."""
-        # caches, tokens and offline mode, as set for everyday work, would win over HF_HOME
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_'))}
-        env.update(HF_ENDPOINT=self.endpoint, HF_HOME=str(home), NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
-        env.update({f'HF_HUB_DISABLE_{what}': '1' for what in ('XET', 'TELEMETRY', 'PROGRESS_BARS')})
-        if token is not None:
-            env['HF_TOKEN'] = token
-        return env
+
+def redirect_clients(environment: MutableMapping[str, str], endpoint: str, home: str):
+    """Let clients with this environment talk to the Hub at `endpoint`, without a token, with their files in `home`."""
+    # caches, tokens and offline mode, as set for everyday work, would win over HF_HOME
+    for name in list(environment):
+        if name.startswith(('HF_', 'HUGGING', 'TRANSFORMERS_')):
+            del environment[name]
+    environment.update(HF_ENDPOINT=endpoint, HF_HOME=home, NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
+    environment.update({f'HF_HUB_DISABLE_{what}': '1' for what in ('XET', 'TELEMETRY', 'PROGRESS_BARS')})
+
+
+def empty_caches():
+    """Let clients forget what they have loaded."""
+    for path in Path(os.environ['HF_HOME']).iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -3,21 +3,20 @@
 The libraries come with `pip install '.[test,consumers]'`; the tests of one that is missing are skipped.
 """
 import json
-import subprocess
 import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
+import publish
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from hub_server import HubServer
+from hub_server import WRITE_TOKEN
+from inputs import make_run
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from test_publish import make_run
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork
@@ -32,14 +31,13 @@ from transformers import (
 
 from fmd_timm import DynamicConv2d, set_temperature
 from fmd_timm.hub import save_for_hub
-from fmd_timm.schedule import annealed_temperature
+from fmd_timm.layers import annealed_temperature
 
 pytestmark = [
     pytest.mark.consumers,
     pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning'),  # theirs
 ]
 
-CHECKOUT = Path(__file__).parents[1]
 NARROW = dict(channels=(8, 16, 32, 64))
 NETWORKS = {  # of each method, of each family
     'resnet18_cond': NARROW, 'resnet18_dy': NARROW, 'resnet18_od': NARROW, 'resnet18_fmd': NARROW,
@@ -188,37 +186,21 @@ def test_timm_wrapper_of_transformers_makes_an_untrained_model():
     assert TimmWrapperForImageClassification(config)(torch.randn(2, 3, 32, 32)).logits.shape == (2, 4)
 
 
-PUBLISHED = """
-import sys
-import torch
-from safetensors.torch import load_file
-from transformers import TimmBackbone, TimmBackboneConfig, TimmWrapperForImageClassification
-import fmd_timm
+def test_transformers_loads_a_published_repository(hub, tmp_path, monkeypatch):
+    make_run(tmp_path, **NARROW)
+    monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
+    monkeypatch.setattr(sys, 'argv', ['publish.py', '--run', str(tmp_path), '--repo', 'ann/small'])
+    publish.main()
+    weights, (images, logits) = load_file(tmp_path / 'model.safetensors'), torch.load(tmp_path / 'logits.pt')
+    model = TimmWrapperForImageClassification.from_pretrained('ann/small').eval()
+    assert_state_of(model.timm_model, weights)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).logits, logits)
 
-run = sys.argv[1]
-weights, (images, logits) = load_file(f'{run}/model.safetensors'), torch.load(f'{run}/logits.pt')
-model = TimmWrapperForImageClassification.from_pretrained('ann/small').eval()
-for key, tensor in model.timm_model.state_dict().items():
-    assert torch.equal(tensor, weights[key]), key
-with torch.no_grad():
-    torch.testing.assert_close(model(images).logits, logits)
-
-config = TimmBackboneConfig(backbone='hf-hub:ann/small', out_indices=(1, 4), freeze_batch_norm_2d=True)
-backbone = TimmBackbone(config, pretrained=True)
-for key, tensor in backbone._backbone.state_dict().items():
-    assert torch.equal(tensor, weights[key]), key
-"""
-
-
-def test_transformers_loads_a_published_repository(tmp_path):
-    make_run(tmp_path / 'run', **NARROW)
-    with HubServer() as hub:
-        env = dict(hub.env(tmp_path / 'home'), PYTHONPATH=str(CHECKOUT))
-        for command in ['recipes/publish.py', '--run', tmp_path / 'run', '--repo', 'ann/small'], \
-                ['-c', PUBLISHED, tmp_path / 'run']:
-            done = subprocess.run(
-                [sys.executable, *map(str, command)], cwd=CHECKOUT, env=env, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+    config = TimmBackboneConfig(backbone='hf-hub:ann/small', out_indices=(1, 4), freeze_batch_norm_2d=True)
+    backbone = TimmBackbone(config, pretrained=True)
+    for key, tensor in backbone._backbone.state_dict().items():
+        assert torch.equal(tensor, weights[key]), key
 
 
 # torchvision

@@ -1,38 +1,19 @@
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from inputs import make_record
 
 from fmd_timm.hub import save_for_hub
 from fmd_timm.model_card import MAY_BE_NONE, REQUIRED, make_card
 
 HUB_CARDS = Path(__file__).parents[1] / 'hub_cards'
 REPO = 'acme/resnet18_fmd_cifar.digits'
-
-
-def make_record(**changes):
-    """What training leaves, with made-up numbers."""
-    return {
-        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'init': None, 'method': 'FMDConv', 'temperature': 30.0,
-        'preset': 'digits', 'recipe': {'epochs': 3},
-        'command': 'python recipes/train.py --preset digits --seed 7', 'dataset': 'digits',
-        'train_split': 'train', 'train_images': 1437, 'validation_split': 'test', 'validation_images': 360,
-        'num_classes': 10, 'label_names': [f'digit {i}' for i in range(10)],
-        'top1': 97.2222, 'top5': 99.7222, 'loss': 0.12345,
-        'epochs': 3, 'epoch_seconds': [9.1, 1.2, 1.3], 'median_epoch_seconds': 1.25,
-        'ies': 1.28571, 'rcs': 0.777778, 'ies_infer': 0.0123456, 'rcs_infer': 78901.2,
-        'train_images_per_second': 1149.6, 'infer_images_per_second': 81155.7, 'infer_ms_per_image': 0.012322,
-        'infer_batch': 256, 'peak_memory_mib': 1234.7, 'parameters': 44712345, 'gmacs': 0.567891,
-        'device': 'NVIDIA H200', 'device_count': 2, 'device_type': 'cuda', 'precision': 'bf16',
-        'input_size': [3, 32, 32], 'global_batch': 128, 'seed': 7, 'versions': {'torch': '2.15.0', 'timm': '1.0.31'},
-        'git_commit': '0123456789abcdef', 'finished': '2026-11-20T12:00:00', **changes,
-    }
 
 
 def test_metadata_survives_a_round_trip():
@@ -131,7 +112,7 @@ def test_usage_runs_as_pasted(in_chans, num_classes, tmp_path):
     save_for_hub(model, tmp_path, model_config=dict(label_names=[f'digit {i}' for i in range(num_classes)]))
     card = make_card(make_record(input_size=[in_chans, 32, 32], num_classes=num_classes), REPO)
     code = usage(card, tmp_path) + "torch.save([image.mode, transform(image), logits], 'seen.pt')\n"
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run('-c', code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
     mode, image, seen = torch.load(tmp_path / 'seen.pt')

@@ -1,6 +1,9 @@
 """Networks of 0.1 to 0.3 M parameters for tests of the recipes; as a script it is recipes/train.py that knows them."""
+import dataclasses
+import json
 import sys
 
+import train
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 
@@ -31,7 +34,18 @@ def tiny_static(pretrained: bool = False, **kwargs) -> CifarResNet:
     return dynamic_resnet.build_model(CifarResNet, STATIC, pretrained, **dict(model_args, **kwargs))
 
 
-if __name__ == '__main__':
-    import train
+def make_recipe(folder, **changes):
+    """Two epochs of the dynamic network on the images in `folder`, by the preset of the digits."""
+    base = dict(model=NAME, dataset=str(folder), epochs=2, batch_size=16, warmup_epochs=0, tracker='none')
+    return dataclasses.replace(train.PRESETS['digits'], **dict(base, **changes))
 
+
+def run(recipe, output, resume=None):
+    """Train, and return the run record."""
+    record = train.main('digits', recipe, output, resume)
+    assert json.loads((output / 'result.json').read_text()) == json.loads(json.dumps(record))
+    return record
+
+
+if __name__ == '__main__':
     train.main(**vars(train.parse_arguments(sys.argv[1:])))

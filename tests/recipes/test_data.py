@@ -1,9 +1,6 @@
 """recipes/_data.py: datasets of all shapes become the same batches; bad ones are refused with their row or column."""
 import io
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import _data
 import datasets
@@ -11,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hub_server import Commit, HubServer, Repo
+from hub_server import Commit, Repo
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -144,21 +141,13 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_row():
         images[2]
 
 
-def test_missing_and_gated_datasets_say_what_to_do(tmp_path):
-    script = '''
-import _data
-for name in 'acme/nothing', 'acme/gated':
-    try:
-        _data.open_dataset(name)
-    except SystemExit as error:
-        print(error)
-'''
-    with HubServer() as hub:
-        hub.repos['datasets/acme/gated'] = Repo()
-        hub.repos['datasets/acme/gated'].commits.append(Commit({'data/train-00000-of-00001.parquet': b''}, 'data'))
-        hub.gate('datasets/acme/gated')
-        env = dict(hub.env(tmp_path), PYTHONPATH=str(Path(_data.__file__).parent))
-        done = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, timeout=120)
-    missing, gated = done.stdout.splitlines()
-    assert "dataset 'acme/nothing' was not found, expected 'digits', a folder of parquet files or images, or" in missing
-    assert "dataset 'acme/gated' is gated: ask for access on its page" in gated
+def test_missing_and_gated_datasets_say_what_to_do(hub):
+    hub.repos['datasets/acme/gated'] = Repo()
+    hub.repos['datasets/acme/gated'].commits.append(Commit({'data/train-00000-of-00001.parquet': b''}, 'data'))
+    hub.gate('datasets/acme/gated')
+    for name, message in [
+        ('acme/nothing', 'was not found, expected .digits., a folder of parquet files or images, or'),
+        ('acme/gated', 'is gated: ask for access on its page'),
+    ]:
+        with pytest.raises(SystemExit, match=f"dataset '{name}' {message}"):
+            _data.open_dataset(name)

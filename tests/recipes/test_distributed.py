@@ -1,4 +1,5 @@
 """Two processes under DistributedDataParallel train as one process with both batches does."""
+import processes
 import pytest
 import timm
 import torch
@@ -42,7 +43,8 @@ def train(rank, folder, images_of, training, num_kernels):
 
 
 def run_processes(folder, images_of, training, num_kernels):
-    mp.spawn(train, (folder, images_of, training, num_kernels), nprocs=PROCESSES)
+    mp.start_processes(
+        train, (folder, images_of, training, num_kernels), nprocs=PROCESSES, start_method=processes.START_METHOD)
     return [torch.load(folder / f'{rank}.pt') for rank in range(PROCESSES)]
 
 

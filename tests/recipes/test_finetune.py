@@ -2,8 +2,7 @@
 import dataclasses
 import hashlib
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import _data
@@ -17,9 +16,9 @@ import torch
 import torch.nn.functional as F
 import train
 from accelerate.state import AcceleratorState
-from hub_server import Commit, HubServer, Repo
+from hub_server import Commit, Repo
 from safetensors.torch import load_file, save_file
-from test_train import RECIPES, make_recipe, run
+from tiny import make_recipe, run
 
 import fmd_timm
 from fmd_timm.hub import save_for_hub
@@ -135,14 +134,14 @@ def test_a_resumed_fine_tune_ends_with_the_same_weights(letters_folder, checkpoi
     recipe = make_finetune(
         letters_folder, checkpoint, epochs=2, freeze='backbone', class_weights=True, ema_decay=0.9, mixup=0.2)
     uninterrupted = run(recipe, tmp_path / 'uninterrupted')
-    save = train.checkpoints.save
+    save = train._checkpoints.save
 
     def save_and_stop(accelerator, folder, progress):
         save(accelerator, folder, progress)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoints, 'save', save_and_stop)
+        patch.setattr(train._checkpoints, 'save', save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path / 'resumed')
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -207,43 +206,25 @@ def test_what_cannot_be_inflated_is_named(model, source, message, letters_folder
 # From the Hub
 
 
-def test_weights_of_the_hub_are_pinned_to_the_commit_that_is_recorded(letters_folder, checkpoint, tmp_path):
+def test_weights_of_the_hub_are_pinned_to_the_commit_that_is_recorded(hub, letters_folder, checkpoint, tmp_path):
     files = {name: (checkpoint / name).read_bytes() for name in ('model.safetensors', 'config.json')}
-    with HubServer() as hub:
-        commits = hub.repos.setdefault('acme/digits', Repo()).commits
-        commits.append(Commit(files, 'first'))
-        first = commits[-1].id
-        theirs = {key: tensor + 1 for key, tensor in weights_of(checkpoint).items()}
-        save_file(theirs, tmp_path / 'later.safetensors')
-        commits.append(Commit(files | {'model.safetensors': (tmp_path / 'later.safetensors').read_bytes()}, 'later'))
-        script = f'''
-import sys
-sys.path[:0] = {[str(RECIPES), str(Path(tiny.__file__).parent)]}
-import tiny, train
-for name, *arguments in {[
-    ['latest', 'hf-hub:acme/digits'], ['pinned', f'acme/digits@{first}'], ['missing', 'hf-hub:acme/nothing'],
-]}:
-    arguments = ['finetune', '--init', *arguments, '--dataset', {str(letters_folder)!r}, '--output', name, '--freeze',
-                 'backbone', '--epochs', '1', '--batch-size', '8', '--num-workers', '0', '--tracker', 'none']
-    try:
-        train.main(**vars(train.parse_arguments(arguments)))
-    except SystemExit as error:
-        print('refused:', ' '.join(str(error).split()))
-'''
-        done = subprocess.run(
-            [sys.executable, '-c', script], cwd=tmp_path, env=hub.env(tmp_path / 'home'), capture_output=True,
-            text=True, timeout=300,
-        )
-    assert done.returncode == 0, done.stderr
-    for name, commit, stem in (
-            ('latest', commits[-1].id, theirs['conv1.weight']),
-            ('pinned', first, weights_of(checkpoint)['conv1.weight'])):
-        record = json.loads((tmp_path / name / 'result.json').read_text())
+    commits = hub.repos.setdefault('acme/digits', Repo()).commits
+    commits.append(Commit(files, 'first'))
+    first = commits[-1].id
+    theirs = {key: tensor + 1 for key, tensor in weights_of(checkpoint).items()}
+    save_file(theirs, tmp_path / 'later.safetensors')
+    commits.append(Commit(files | {'model.safetensors': (tmp_path / 'later.safetensors').read_bytes()}, 'later'))
+    for name, init, commit, stem in (
+            ('latest', 'hf-hub:acme/digits', commits[-1].id, theirs['conv1.weight']),
+            ('pinned', f'acme/digits@{first}', first, weights_of(checkpoint)['conv1.weight'])):
+        record = run(make_finetune(letters_folder, init, freeze='backbone'), tmp_path / name)
         assert (record['init']['repo'], record['init']['revision']) == ('acme/digits', f'commit {commit}')
         assert torch.equal(weights_of(tmp_path / name)['conv1.weight'], stem)
         assert make_card(record, 'acme/letters').data.base_model == 'acme/digits'
-    refused, = (line for line in done.stdout.splitlines() if line.startswith('refused: '))
-    assert "--init 'hf-hub:acme/nothing': config.json of the Hub repository acme/nothing could not be f" in refused
+        AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match=re.escape(
+            "--init 'hf-hub:acme/nothing': config.json of the Hub repository acme/nothing could not be f")):
+        run(make_finetune(letters_folder, 'hf-hub:acme/nothing'), tmp_path / 'missing')
 
 
 def test_a_registered_tag_is_loaded_at_the_commit_that_was_found(monkeypatch, tmp_path):

@@ -1,28 +1,28 @@
 """recipes/publish.py, and loading what it published, in fresh processes against a Hub on this machine."""
 import hashlib
 import json
+import os
 import shutil
 import socket
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import processes
 import publish
 import pytest
 import timm
 import torch
 from _data import load_digits
-from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, HubServer, Repo
+from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, Repo, empty_caches
 from huggingface_hub import HfApi
+from inputs import make_run, save_logits
 from safetensors.torch import load_file, save_file
-from test_model_card import make_record
-
-import fmd_timm
-from fmd_timm.hub import save_for_hub
 
 CHECKOUT = Path(__file__).parents[2]
 FILES = {'model.safetensors', 'config.json', 'result.json', 'README.md'}
-REPO, NAME = 'acme/digits', 'resnet18_fmd_cifar.test'
+REPO, ARCHITECTURE = 'acme/digits', 'mobilenetv3_small_100_fmd'
+NAME = f'{ARCHITECTURE}.test'
 
 LOAD = """
 import json, sys, timm, torch, fmd_timm
@@ -38,34 +38,22 @@ for name, run in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
-def make_run(folder, **kwargs):
-    """A folder as training leaves it, of a network that nobody trained, and what that network says of some images."""
-    model = timm.create_model('resnet18_fmd_cifar', **kwargs).eval()
-    fmd_timm.set_temperature(model, kernel=3.0, gate=2.0)
-    record = make_record(model_args=kwargs, parameters=sum(p.numel() for p in model.parameters()))
-    save_for_hub(model, folder, model_config=dict(label_names=record['label_names']))
-    (folder / 'result.json').write_text(json.dumps(record))
-    save_logits(model, folder)
-
-
 def train_run(checkout, folder):
     """The folder that training leaves after one epoch on 64 real digits."""
     digits = load_digits()
     digits['train'].select(range(64)).to_parquet(checkout / 'images' / 'train.parquet')
     digits['test'].select(range(50)).to_parquet(checkout / 'images' / 'test.parquet')
-    command = [
-        sys.executable, '-m', 'accelerate.commands.launch', 'recipes/train.py', 'digits', '--dataset', 'images',
-        '--image-size', '16', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '32', '--output', folder,
-    ]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    done = run_in(
+        checkout, '-m', 'accelerate.commands.launch', 'recipes/train.py', 'digits', '--model', ARCHITECTURE,
+        '--dataset', 'images', '--image-size', '64', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '32',
+        '--output', folder,
+    )
     assert done.returncode == 0, done.stderr
     save_logits(timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), folder)
 
 
-def save_logits(model, folder):
-    images = torch.randn(2, *model.pretrained_cfg['input_size'])
-    with torch.no_grad():
-        torch.save((images, model(images)), folder / 'logits.pt')
+def run_in(checkout, *args, token=WRITE_TOKEN):
+    return processes.run(*args, cwd=checkout, env=dict(os.environ, HF_TOKEN=token, PYTHONPATH=str(checkout)))
 
 
 def edit(path, **changes):
@@ -73,9 +61,9 @@ def edit(path, **changes):
 
 
 @pytest.fixture(scope='module')
-def hub():
-    with HubServer() as hub:
-        yield hub
+def hub(hub_server):
+    hub_server.clear()
+    return hub_server
 
 
 @pytest.fixture(scope='module')
@@ -86,8 +74,7 @@ def checkout(tmp_path_factory):
         shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
     (folder / 'hub_cards').mkdir()
     train_run(folder, folder / 'run')
-    yield folder
-    shutil.rmtree(folder)  # 180 MB of weights
+    return folder
 
 
 @pytest.fixture(scope='module')
@@ -99,22 +86,17 @@ def small_run(tmp_path_factory):
 
 
 @pytest.fixture
-def python(hub, checkout, tmp_path):
+def python(checkout):
     """Run Python in the copied checkout, as a user whose caches are empty."""
-    def run(*args, token=WRITE_TOKEN):
-        env = dict(hub.env(tmp_path / 'home', token), PYTHONPATH=str(checkout))
-        command = [sys.executable, *map(str, args)]
-        return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
-    yield run
-    shutil.rmtree(tmp_path)
+    empty_caches()
+    return partial(run_in, checkout)
 
 
 @pytest.fixture(scope='module')
-def published(hub, checkout, tmp_path_factory):
+def published(hub, checkout):
     """The arguments that published the run of `checkout`."""
     args = ['recipes/publish.py', '--run', 'run', '--repo', REPO, '--tag', 'test']
-    env = dict(hub.env(tmp_path_factory.mktemp('home')), PYTHONPATH=str(checkout))
-    done = subprocess.run([sys.executable, *args], cwd=checkout, env=env, capture_output=True, text=True)
+    done = run_in(checkout, *args)
     assert done.returncode == 0, done.stderr
     assert f'{hub.endpoint}/{REPO}' in done.stdout
     return args
@@ -244,7 +226,7 @@ def test_a_dry_run_shows_the_card_and_writes_nothing(publish_offline, checkout, 
     output = capsys.readouterr().out
     assert output.startswith('---\n') and '| Top-1 accuracy | ' in output
     assert f'would push to {REPO}: ' in output and all(name in output for name in FILES)
-    assert 'resnet18_fmd_cifar.dry.json' in output
+    assert f'{ARCHITECTURE}.dry.json' in output
     assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
 
 
@@ -296,7 +278,9 @@ def test_a_damaged_run_is_refused(publish_offline, small_run, tmp_path, name, co
 def test_a_tag_has_to_be_the_architecture_with_its_defaults(publish_offline, checkout, tmp_path, model_args, message):
     for name in 'config.json', 'result.json':
         shutil.copy(checkout / 'run' / name, tmp_path)
-    (tmp_path / 'model.safetensors').symlink_to(checkout / 'run/model.safetensors')
+    weights = load_file(checkout / 'run/model.safetensors')
+    weights['classifier.weight'] *= 1000  # after one epoch all logits are near 0
+    save_file(weights, tmp_path / 'model.safetensors')
     edit(tmp_path / 'config.json', model_args=model_args)
     with pytest.raises(SystemExit, match=message):
         publish_offline('--run', tmp_path, '--repo', REPO, '--tag', 'max')
@@ -306,13 +290,13 @@ def test_a_tag_has_to_be_the_architecture_with_its_defaults(publish_offline, che
 
 
 def test_every_name_of_a_published_model_is_the_network_of_the_run(python, published):
-    done = python('-c', LOAD, f'hf-hub:{REPO}', 'run', NAME, 'run', 'resnet18_fmd_cifar', 'run')
+    done = python('-c', LOAD, f'hf-hub:{REPO}', 'run', NAME, 'run', ARCHITECTURE, 'run')
     assert done.returncode == 0, done.stderr
 
 
 def test_a_later_push_by_somebody_else_is_not_loaded_under_the_tag(hub, checkout, python, published, tmp_path):
     theirs = load_file(checkout / 'run/model.safetensors')
-    theirs['fc.bias'] += 1
+    theirs['classifier.bias'] += 1
     save_file(theirs, tmp_path / 'model.safetensors')
     images, logits = torch.load(checkout / 'run/logits.pt')
     torch.save((images, logits + 1), tmp_path / 'logits.pt')

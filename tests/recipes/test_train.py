@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import _checkpoints
 import _data
 import datasets
+import evaluate
+import processes
 import pytest
 import timm
 import tiny
@@ -17,32 +19,20 @@ import torch
 import train
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tiny import make_recipe, run
 
-from fmd_timm.schedule import annealed_temperature
+from fmd_timm.layers import annealed_temperature
 
 RECIPES = Path(train.__file__).parent
-
 
 pytestmark = pytest.mark.usefixtures('fresh_accelerator')
 
 
-def make_recipe(folder, **changes):
-    base = dict(model=tiny.NAME, dataset=str(folder), epochs=2, batch_size=16, warmup_epochs=0, tracker='none')
-    return dataclasses.replace(train.PRESETS['digits'], **dict(base, **changes))
-
-
-def run(recipe, output, resume=None):
-    record = train.main('digits', recipe, output, resume)
-    assert json.loads((output / 'result.json').read_text()) == json.loads(json.dumps(record))
-    return record
-
-
-def launch(processes, *arguments):
+def launch(count, *command):
     """tests/tiny.py as recipes/train.py on several CPU processes, which `accelerate launch --cpu` does not start."""
-    env = dict(os.environ, ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1', PYTHONPATH=str(RECIPES))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    done = subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = os.pathsep.join([str(RECIPES), str(Path(tiny.__file__).parent)])
+    for done in processes.launch(count, *command, env=dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONPATH=path)):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folder, tmp_path):
@@ -123,19 +113,17 @@ def test_the_seed_fixes_the_run(digits_folder, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_two_processes_count_every_validation_image_once(digits_folder, tmp_path):
+def test_two_processes_count_every_validation_image_once(digits_folder, tmp_path, monkeypatch, capsys):
     arguments = ['digits', '--model', tiny.NAME, '--dataset', digits_folder, '--epochs', 1, '--batch-size', 16,
                  '--tracker', 'none']
     launch(2, tiny.__file__, *arguments, '--output', tmp_path / 'two')
     two = json.loads((tmp_path / 'two' / 'result.json').read_text())
     assert two['device_count'] == 2 and two['validation_images'] == 50
-    evaluated = subprocess.run(
-        [sys.executable, '-c', 'import tiny, evaluate; evaluate.main()', tmp_path / 'two', '--dataset', digits_folder],
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(RECIPES), str(Path(tiny.__file__).parent)])),
-        capture_output=True, text=True, timeout=300,
-    )
-    assert evaluated.returncode == 0, evaluated.stderr
-    lines = dict(line.split(': ', 1) for line in evaluated.stdout.splitlines() if ': ' in line)
+    monkeypatch.setattr(evaluate, 'use_all_cores', lambda accelerator: None)
+    command = ['evaluate.py', tmp_path / 'two', '--dataset', digits_folder, '--num-workers', 0]
+    monkeypatch.setattr(sys, 'argv', [str(argument) for argument in command])
+    evaluate.main()
+    lines = dict(line.split(': ', 1) for line in capsys.readouterr().out.splitlines() if ': ' in line)
     assert lines['top-1'] == f'{two["top1"]:.2f}' and lines['loss'] == f'{two["loss"]:.4f}'
     assert lines['images'] == '50'
 
@@ -151,8 +139,7 @@ def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(di
     script = tmp_path / 'script.py'
     script.write_text(f'''
 import os, sys
-sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
-import data, tiny, train
+import _data, tiny, train
 
 seeded = _data._seeded
 
@@ -290,6 +277,7 @@ def test_a_compiled_channels_last_run_trains(digits_folder, tmp_path):
 @pytest.mark.slow
 def test_the_digits_preset_reaches_97_percent(tmp_path):
     command = [sys.executable, '-m', 'accelerate.commands.launch', RECIPES / 'train.py', 'digits', '--output', tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': ''})
+    env = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / 'result.json').read_text())['top1'] >= 97

@@ -1,0 +1,150 @@
+"""What several tests use: inputs of the operator and its reference, the authors' numbers, and what training leaves."""
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from fmd_timm import FMDConv2d, ODConv2d, load_authors_state_dict, set_temperature
+from fmd_timm.hub import save_for_hub
+
+# The operator
+
+SHAPES = {  # B, K, C_in, C_out, kernel, stride, padding, dilation, groups, (H, W)
+    '1x1': (3, 4, 5, 7, 1, 1, 0, 1, 1, (4, 6)),
+    '3x3': (2, 4, 4, 6, 3, 1, 1, 1, 1, (7, 5)),
+    'stride': (2, 2, 4, 6, 3, 2, 1, 1, 1, (8, 5)),
+    'one_kernel': (2, 1, 4, 6, 3, 1, 1, 1, 1, (5, 5)),
+    'dilated_groups': (2, 3, 4, 6, 3, 1, 2, 2, 2, (7, 6)),
+    'depthwise': (3, 4, 6, 6, 5, 1, 2, 1, 6, (6, 6)),
+    'uneven': (2, 2, 3, 4, (1, 3), (2, 1), (0, 1), 1, 1, (5, 6)),
+}
+
+
+def make_inputs(B, K, I, O, kernel, stride, padding, dilation, groups, size, dtype=torch.float64, tap_attn=False):
+    h, w = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    torch.manual_seed(0)
+    tensors = dict(
+        x=torch.randn(B, I, *size), weight=torch.randn(K * O, I // groups, h, w), kernel_attn=torch.rand(B, K),
+        in_attn=torch.rand(B, I), out_attn=torch.rand(B, O), bias=torch.randn(K * O),
+    )
+    if tap_attn:
+        tensors['tap_attn'] = torch.rand(B, h * w)
+    tensors = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    return tensors, dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+
+def one_by_one(x, weight, kernel_attn, in_attn, out_attn, bias, tap_attn=None, **conv_args):
+    images = []
+    for b in range(x.shape[0]):
+        mixed = sum(share * kernel for share, kernel in zip(kernel_attn[b], weight.chunk(kernel_attn.shape[1])))
+        mixed_bias = sum(share * part for share, part in zip(kernel_attn[b], bias.chunk(kernel_attn.shape[1])))
+        if tap_attn is not None:
+            mixed = tap_attn[b].reshape(weight.shape[2:]) * mixed
+        y = F.conv2d(in_attn[b, :, None, None] * x[b], mixed, mixed_bias, **conv_args)
+        images.append(out_attn[b, :, None, None] * y)
+    return torch.stack(images)
+
+
+# The authors' FMDConv2d and ODConv2d, run in float64 on float32 weights
+
+GOLDEN = Path(__file__).parent / 'layers' / 'golden'
+GOLDEN_CASES = sorted(path.stem for path in GOLDEN.glob('*.json'))
+RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def load_case(name):
+    meta = json.loads((GOLDEN / f'{name}.json').read_text())
+    return meta, load_file(GOLDEN / f'{name}.safetensors')
+
+
+def make_conv(case, dtype):
+    sizes = (
+        case['in_planes'], case['out_planes'], case['kernel_size'], case['stride'], case['padding'], case['dilation'],
+        case['groups'],
+    )
+    args = dict(num_kernels=case['kernel_num'], reduction=case['reduction'], dtype=dtype)
+    if case['kind'] == 'od':
+        return ODConv2d(*sizes, bias=False, **args)  # theirs has no bias
+    return FMDConv2d(*sizes, case['bias'], kernel_ratio=case['ratio'], **args)
+
+
+def load_official(conv, tensors, prefix):
+    official = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    load_authors_state_dict(conv, official)
+
+
+def assert_close(actual, expected, dtype):
+    """Relative to the largest value: rounding leaves small differences of large numbers without relative accuracy."""
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    assert error < RTOL[dtype], f'relative error {error:.1e}'
+
+
+def check_against_the_authors_code(name, mode, dtype):
+    """Outputs, gradients and BatchNorm statistics of a layer."""
+    meta, golden = load_case(name)
+    if 'raises' in meta['modes'][mode]:
+        pytest.skip('the authors code raises on this case (a training batch of one image); ours has its own test')
+    conv = make_conv(meta['case'], dtype)
+    load_official(conv, golden, 'state.')
+    set_temperature(conv, kernel=meta['temperature']['kernel'], gate=meta['temperature']['sigmoid'])
+    conv.train(mode == 'train')
+
+    x = golden['input'].to(dtype).requires_grad_()
+    y = conv(x)
+    (y * golden['probe'].to(dtype)).sum().backward()
+
+    assert_close(y, golden[f'{mode}.output'], dtype)
+    assert_close(x.grad, golden[f'{mode}.grad_input'], dtype)
+    if mode == 'train':
+        for buffer in 'running_mean', 'running_var':
+            assert_close(getattr(conv.attention.bn, buffer), golden[f'train.buffer.attention.bn.{buffer}'], dtype)
+    # The same conversion as for the weights puts the authors' gradients in our order; buffers have none.
+    gradients = {key: t for key, t in golden.items() if key.startswith(f'{mode}.grad.')}
+    for buffer in 'running_mean', 'running_var', 'num_batches_tracked':
+        gradients[f'{mode}.grad.attention.bn.{buffer}'] = golden[f'state.attention.bn.{buffer}']
+    expected = make_conv(meta['case'], torch.float64)
+    load_official(expected, gradients, f'{mode}.grad.')
+    for parameter, gradient in zip(conv.parameters(), expected.parameters(), strict=True):
+        assert_close(parameter.grad, gradient.detach(), dtype)
+
+
+# A run of training, and what it leaves
+
+def make_record(**changes):
+    """What training leaves, with made-up numbers."""
+    return {
+        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'init': None, 'method': 'FMDConv', 'temperature': 30.0,
+        'preset': 'digits', 'recipe': {'epochs': 3},
+        'command': 'python recipes/train.py --preset digits --seed 7', 'dataset': 'digits',
+        'train_split': 'train', 'train_images': 1437, 'validation_split': 'test', 'validation_images': 360,
+        'num_classes': 10, 'label_names': [f'digit {i}' for i in range(10)],
+        'top1': 97.2222, 'top5': 99.7222, 'loss': 0.12345,
+        'epochs': 3, 'epoch_seconds': [9.1, 1.2, 1.3], 'median_epoch_seconds': 1.25,
+        'ies': 1.28571, 'rcs': 0.777778, 'ies_infer': 0.0123456, 'rcs_infer': 78901.2,
+        'train_images_per_second': 1149.6, 'infer_images_per_second': 81155.7, 'infer_ms_per_image': 0.012322,
+        'infer_batch': 256, 'peak_memory_mib': 1234.7, 'parameters': 44712345, 'gmacs': 0.567891,
+        'device': 'NVIDIA H200', 'device_count': 2, 'device_type': 'cuda', 'precision': 'bf16',
+        'input_size': [3, 32, 32], 'global_batch': 128, 'seed': 7, 'versions': {'torch': '2.15.0', 'timm': '1.0.31'},
+        'git_commit': '0123456789abcdef', 'finished': '2026-11-20T12:00:00', **changes,
+    }
+
+
+def make_run(folder, **kwargs):
+    """A folder as training leaves it, of a network that nobody trained, and what that network says of some images."""
+    model = timm.create_model('resnet18_fmd_cifar', **kwargs).eval()
+    set_temperature(model, kernel=3.0, gate=2.0)
+    record = make_record(model_args=kwargs, parameters=sum(p.numel() for p in model.parameters()))
+    save_for_hub(model, folder, model_config=dict(label_names=record['label_names']))
+    (folder / 'result.json').write_text(json.dumps(record))
+    save_logits(model, folder)
+
+
+def save_logits(model, folder):
+    images = torch.randn(2, *model.pretrained_cfg['input_size'])
+    with torch.no_grad():
+        torch.save((images, model(images)), folder / 'logits.pt')
