@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from _measure import synchronize
 from torch import nn
+from torch.utils import collect_env
 
-import fmd_timm  # noqa: F401, registers the models
+import fmd_timm
 from fmd_timm.ops import fastest
 
 ROOT = Path(__file__).parents[1]
@@ -119,8 +120,14 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 
 def describe_environment(trial: Trial) -> str:
+    found = collect_env.get_env_info()
+    names = (
+        'os', 'libc_version', 'python_version', 'torch_version', 'cuda_compiled_version', 'cuda_runtime_version',
+        'cudnn_version', 'nvidia_driver_version', 'nvidia_gpu_models', 'pip_packages')
+    lines = [f'{name}: {value}' for name in names if (value := getattr(found, name))]
+    lines += [f'timm: {timm.__version__}', f'fmd_timm: {fmd_timm.__version__}']
     commit = trial.run('git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
-    return f'{commit}\n\n{trial.run(sys.executable, "-m", "torch.utils.collect_env")}'
+    return f'{commit}\n\n{quoted(lines)}'
 
 
 def take_first_steps(trial: Trial) -> str:
