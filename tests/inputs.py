@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from fmd_timm import FMDConv2d, ODConv2d, load_authors_state_dict, set_temperature
+from fmd_timm import FMDConv2d, ODConv2d, load_official_state_dict, set_temperature
 from fmd_timm.hub import save_for_hub
 
 # The operator
@@ -74,7 +74,7 @@ def make_conv(case, dtype):
 
 def load_official(conv, tensors, prefix):
     official = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    load_authors_state_dict(conv, official)
+    load_official_state_dict(conv, official)
 
 
 def assert_close(actual, expected, dtype):
