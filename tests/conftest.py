@@ -42,10 +42,10 @@ def compiled():
 @pytest.fixture
 def fresh_accelerator(monkeypatch):
     """For tests that call `train.main`: this process goes on with other tests."""
-    import train
+    import _accelerator
     from accelerate.state import AcceleratorState, GradientState
 
-    monkeypatch.setattr(train, 'use_all_cores', lambda accelerator: None)
+    monkeypatch.setattr(_accelerator, 'use_all_cores', lambda accelerator: None)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -34,4 +34,4 @@ def tiny_static(pretrained: bool = False, **kwargs) -> CifarResNet:
 if __name__ == '__main__':
     import train
 
-    train.main(**vars(train.parse_arguments(sys.argv[1:])))
+    train.main(**vars(train.parse_train(sys.argv[1:])))

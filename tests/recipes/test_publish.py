@@ -124,9 +124,8 @@ def published(hub, checkout, tmp_path_factory):
 def publish_offline(monkeypatch):
     """recipes/publish.py in this process, where no connection can be made."""
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['publish.py', *map(str, args)])
         monkeypatch.setattr(socket.socket, 'connect', lambda *_: pytest.fail('this takes no network'))
-        publish.main()
+        publish.main(**vars(publish.parse_publish([str(arg) for arg in args])))
     return run
 
 
@@ -211,9 +210,9 @@ sys.path.insert(0, 'recipes')
 import publish
 for token, repo in {list(REFUSED)}:
     os.environ['HF_TOKEN'] = token
-    sys.argv = ['publish.py', '--run', {str(small_run)!r}, '--repo', repo]
+    arguments = publish.parse_publish(['--run', {str(small_run)!r}, '--repo', repo])
     try:
-        publish.main()
+        publish.main(**vars(arguments))
     except SystemExit as refusal:
         print(refusal.code)
 """)

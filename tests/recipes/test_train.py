@@ -15,20 +15,21 @@ import timm
 import tiny
 import torch
 import train
+from _recipe import PRESETS, Recipe, check_recipe
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from fmd_timm.schedule import annealed_temperature
 
 RECIPES = Path(train.__file__).parent
-
+EVALUATE = 'import sys, tiny, evaluate; evaluate.main(**vars(evaluate.parse_evaluate(sys.argv[1:])))'
 
 pytestmark = pytest.mark.usefixtures('fresh_accelerator')
 
 
 def make_recipe(folder, **changes):
     base = dict(model=tiny.NAME, dataset=str(folder), epochs=2, batch_size=16, warmup_epochs=0, tracker='none')
-    return dataclasses.replace(train.PRESETS['digits'], **dict(base, **changes))
+    return dataclasses.replace(PRESETS['digits'], **dict(base, **changes))
 
 
 def run(recipe, output, resume=None):
@@ -80,8 +81,8 @@ def test_a_resumed_run_ends_with_the_same_weights(digits_folder, tmp_path, monke
 
     save = _checkpoints.save
 
-    def save_and_stop(accelerator, folder, progress):
-        save(accelerator, folder, progress)
+    def save_and_stop(accelerator, folder, progress, ema):
+        save(accelerator, folder, progress, ema)
         if progress['epochs_done'] == 2:
             raise KeyboardInterrupt
 
@@ -130,7 +131,7 @@ def test_two_processes_count_every_validation_image_once(digits_folder, tmp_path
     two = json.loads((tmp_path / 'two' / 'result.json').read_text())
     assert two['device_count'] == 2 and two['validation_images'] == 50
     evaluated = subprocess.run(
-        [sys.executable, '-c', 'import tiny, evaluate; evaluate.main()', tmp_path / 'two', '--dataset', digits_folder],
+        [sys.executable, '-c', EVALUATE, tmp_path / 'two', '--dataset', digits_folder],
         env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(RECIPES), str(Path(tiny.__file__).parent)])),
         capture_output=True, text=True, timeout=300,
     )
@@ -152,7 +153,7 @@ def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(di
     script.write_text(f'''
 import os, sys
 sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
-import data, tiny, train
+import _data, _training, tiny, train
 
 seeded = _data._seeded
 
@@ -163,14 +164,14 @@ def recorded(seed, epoch, row):
 
 _data._seeded = recorded
 
-class Recorder(train.nn.CrossEntropyLoss):
+class Recorder(_training.nn.CrossEntropyLoss):
     def forward(self, logits, labels):
         with open({str(tmp_path)!r} + '/labels' + os.environ['RANK'], 'a') as file:
             file.write(' '.join(map(str, labels.tolist())) + chr(10))
         return super().forward(logits, labels)
 
-train.nn.CrossEntropyLoss = Recorder
-train.main(**vars(train.parse_arguments(sys.argv[1:])))
+_training.nn.CrossEntropyLoss = Recorder
+train.main(**vars(train.parse_train(sys.argv[1:])))
 ''')
     launch(2, script, 'digits', '--model', tiny.NAME, '--dataset', tmp_path / 'rows', '--epochs', 2, '--batch-size', 16,
            '--tracker', 'none', '--output', tmp_path / 'run')
@@ -209,23 +210,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
 
 
 def test_every_preset_is_valid_and_help_shows_its_values(capsys):
-    for preset, recipe in train.PRESETS.items():
-        train.check_recipe(recipe if recipe.model else dataclasses.replace(recipe, init='hf-hub:acme/digits'))
+    for preset, recipe in PRESETS.items():
+        check_recipe(recipe if recipe.model else dataclasses.replace(recipe, init='hf-hub:acme/digits'))
         with pytest.raises(SystemExit) as exit:
-            train.parse_arguments([preset, '--help'])
+            train.parse_train([preset, '--help'])
         assert exit.value.code == 0
         text = capsys.readouterr().out
         assert f'({recipe.dataset})' in text and f'({recipe.lr})' in text
-        for field in dataclasses.fields(train.Recipe):
+        for field in dataclasses.fields(Recipe):
             assert '--' + field.name.replace('_', '-') in text
-    assert train.parse_arguments(['cifar10', '--lr', '0.2', '--no-channels-last']).recipe == dataclasses.replace(
-        train.PRESETS['cifar10'], lr=0.2, channels_last=False)
+    assert train.parse_train(['cifar10', '--lr', '0.2', '--no-channels-last']).recipe == dataclasses.replace(
+        PRESETS['cifar10'], lr=0.2, channels_last=False)
 
 
 @pytest.mark.parametrize('arguments', [['cifar11'], ['digits', '--learning-rate', '1'], ['digits', '--epochs', 'many']])
 def test_unknown_presets_and_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
-        train.parse_arguments(arguments)
+        train.parse_train(arguments)
     assert 'error: ' in capsys.readouterr().err
 
 
