@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from fmd_timm.schedule import annealed_temperature
 
 RECIPES = Path(train.__file__).parent
+PATH = os.pathsep.join([str(RECIPES), str(Path(tiny.__file__).parent)])
 EVALUATE = 'import sys, tiny, evaluate; evaluate.main(**vars(evaluate.parse_evaluate(sys.argv[1:])))'
 
 pytestmark = pytest.mark.usefixtures('fresh_accelerator')
@@ -40,7 +41,7 @@ def run(recipe, output, resume=None):
 
 def launch(processes, *arguments):
     """tests/tiny.py as recipes/train.py on several CPU processes, which `accelerate launch --cpu` does not start."""
-    env = dict(os.environ, ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1', PYTHONPATH=str(RECIPES))
+    env = dict(os.environ, ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1', PYTHONPATH=PATH)
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
     done = subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -124,15 +125,32 @@ def test_the_seed_fixes_the_run(digits_folder, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_two_processes_count_every_validation_image_once(digits_folder, tmp_path):
-    arguments = ['digits', '--model', tiny.NAME, '--dataset', digits_folder, '--epochs', 1, '--batch-size', 16,
-                 '--tracker', 'none']
-    launch(2, tiny.__file__, *arguments, '--output', tmp_path / 'two')
+def test_two_processes_evaluate_the_same_network_and_count_every_image_once(digits_folder, tmp_path):
+    """Though each has trained on its own images: networks with and without averaged weights."""
+    script = tmp_path / 'script.py'
+    script.write_text(f'''
+import os, sys
+import tiny, torch, train
+evaluate = train.evaluate
+
+def recorded(training, *args):
+    metrics = evaluate(training, *args)
+    networks = training.model.module, training.ema.module
+    torch.save([network.state_dict() for network in networks], {str(tmp_path)!r} + '/networks' + os.environ['RANK'])
+    return metrics
+
+train.evaluate = recorded
+train.main(**vars(train.parse_train(sys.argv[1:])))
+''')
+    launch(2, script, 'digits', '--model', tiny.NAME, '--dataset', digits_folder, '--epochs', 1, '--batch-size', 16,
+           '--tracker', 'none', '--ema-decay', 0.9, '--output', tmp_path / 'two')
+    for first, second in zip(*(torch.load(tmp_path / f'networks{rank}') for rank in (0, 1))):
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     two = json.loads((tmp_path / 'two' / 'result.json').read_text())
     assert two['device_count'] == 2 and two['validation_images'] == 50
     evaluated = subprocess.run(
         [sys.executable, '-c', EVALUATE, tmp_path / 'two', '--dataset', digits_folder],
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(RECIPES), str(Path(tiny.__file__).parent)])),
+        env=dict(os.environ, PYTHONPATH=PATH),
         capture_output=True, text=True, timeout=300,
     )
     assert evaluated.returncode == 0, evaluated.stderr
@@ -152,7 +170,6 @@ def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(di
     script = tmp_path / 'script.py'
     script.write_text(f'''
 import os, sys
-sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
 import _data, _training, tiny, train
 
 seeded = _data._seeded
