@@ -11,7 +11,7 @@ from torch import nn
 
 # How long the processes may wait for one another. The first one downloads, converts and decodes the images for all,
 # which takes hours for ImageNet; NCCL would end the others after 10 minutes.
-TIMEOUT = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
+PROCESS_GROUP = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
 
 
 def runs_on_cuda() -> bool:
@@ -38,8 +38,11 @@ def make_accelerator(recipe: Recipe, output: Path) -> Accelerator:
         # batch_size is over all processes, so that a recipe means the same on any number of them
         dataloader_config=DataLoaderConfiguration(
             split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True),
-        # The buffers are sent before an evaluation and not before every step: see broadcast_buffers
-        kwargs_handlers=[TIMEOUT, DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            PROCESS_GROUP,
+            # The buffers are sent before an evaluation, by broadcast_buffers below, and not before every step.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
         log_with=None if recipe.tracker == 'none' else recipe.tracker,
         project_config=ProjectConfiguration(output, logging_dir=output / 'logs'),
     )

@@ -183,7 +183,7 @@ def _seeded(*entropy: int):
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed also prepares that of CUDA, 0.2 ms per image
     try:
         yield
     finally:

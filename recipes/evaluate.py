@@ -10,7 +10,7 @@ from _arguments import parse_evaluate
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_evaluate(sys.argv[1:], __doc__)
 
-from _accelerator import TIMEOUT, auto_precision, usable_cores, use_all_cores
+from _accelerator import PROCESS_GROUP, auto_precision, usable_cores, use_all_cores
 from _data import LabelledImages, Normalize, choose_split, eval_transform, open_dataset
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import VALIDATION_SPLITS
@@ -37,7 +37,7 @@ def main(
     precision = auto_precision()
     accelerator = Accelerator(
         mixed_precision='no' if precision == 'fp32' else precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True), kwargs_handlers=[TIMEOUT],
+        dataloader_config=DataLoaderConfiguration(split_batches=True), kwargs_handlers=[PROCESS_GROUP],
     )
     use_all_cores(accelerator)
     if batch_size < 1 or batch_size % accelerator.num_processes:

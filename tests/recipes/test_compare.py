@@ -158,6 +158,7 @@ def test_models_take_turns_and_the_order_turns_too(digits_folder, tmp_path, monk
     assert all(turn == later[::-1] for turn, later in zip(turns, turns[1:]))
     record = json.loads((tmp_path / 'timing.json').read_text())
     assert record['steps_per_epoch'] == 4 and record['versions'] and record['device']
+    assert record['cudnn_benchmark'] is True  # each with the algorithms that are fastest here
 
 
 def test_a_finished_comparison_is_only_written_again(copied, digits_folder):

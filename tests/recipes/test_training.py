@@ -118,7 +118,7 @@ def test_what_is_compiled_is_the_wrapper_of_the_network(digits_folder, tmp_path,
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='the loss of a CPU is there at once')
-def test_no_step_waits_for_the_gpu():
+def test_to_start_reading_a_loss_does_not_wait_for_the_gpu():
     loss = torch.ones((), device='cuda')
     torch.cuda.set_sync_debug_mode('error')
     try:
