@@ -24,7 +24,8 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from _measure import command_line, device_name, git_commit, synchronize, versions
+from _measure import synchronize
+from _record import command_line, device_name, git_commit, versions
 from torch import nn
 from tqdm import tqdm
 

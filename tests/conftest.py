@@ -57,11 +57,13 @@ def compiled():
 
 @pytest.fixture
 def fresh_accelerator(monkeypatch):
-    """For tests that call `train.main`: this process goes on with other tests."""
-    import train
+    """For tests that call `train.main` or `_timing.main`: this process goes on with other tests."""
+    import _accelerator
+    import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    monkeypatch.setattr(train, 'use_all_cores', lambda accelerator: None)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)  # which _timing sets, and training on CUDA
+    monkeypatch.setattr(_accelerator, 'use_all_cores', lambda accelerator: None)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
