@@ -119,10 +119,10 @@ class PreparedConv2d(nn.Module):
         self._made: _Made | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._is_plain(x):
+        parameters = *self._parameters.values(), *self.attention._parameters.values()
+        if not self._is_plain(x, parameters):
             return self._by_operator(x)
         # Changes of a parameter are seen, except through `.data` in the same memory: PyTorch keeps no note of those.
-        parameters = *self._parameters.values(), *self.attention._parameters.values()
         state = [(t.data_ptr(), t._version) for t in parameters if t is not None]
         made = self._made
         if made is None or made.state != state:
@@ -133,11 +133,11 @@ class PreparedConv2d(nn.Module):
             algorithm = made.algorithms[key] = self._fastest(x, made)
         return self._by(algorithm, x, made.layer)
 
-    def _is_plain(self, x: Tensor) -> bool:
+    def _is_plain(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
         """Whether its own ways are open: on the CPU, where changes of the parameters are seen."""
         return (
             x.dtype == self.weight.dtype in (torch.float32, torch.float64) and x.device.type == 'cpu' and x.ndim == 4
-            and x.numel() > 0 and is_plain(x, self.weight) and not self.weight.is_inference()
+            and x.numel() > 0 and is_plain(x, *parameters) and not self.weight.is_inference()
         )
 
     def _by_operator(self, x: Tensor) -> Tensor:

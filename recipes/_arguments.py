@@ -128,6 +128,25 @@ def parse_publish(argv: list[str], description: str | None = None) -> argparse.N
     return parser.parse_args(argv)
 
 
+def parse_bench(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50'], help='static networks of timm')
+    parser.add_argument('--layers', action='store_true', help='time single layers')
+    parser.add_argument('--rounds', type=int, default=5, help='measurements of each (5)')
+    parser.add_argument('--table', action='store_true', help="print the README's table")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise SystemExit(f'--rounds must be at least 1, got {args.rounds}')
+    return args
+
+
+def parse_first_gpu(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('--output', type=Path, default=Path('gpu_report.md'), help='the report (gpu_report.md)')
+    parser.add_argument('--dry-run', action='store_true', help='on the CPU, scaled down')
+    return parser.parse_args(argv)
+
+
 def parse_transfer(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
     parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each, with seeds 0 to N - 1 (3)')

@@ -5,15 +5,13 @@ two. It takes about an hour and needs the checkout with its tests. Whatever fail
 written after each section. `--dry-run` does all of it on the CPU in a few minutes, with small networks and images:
 that tests this script and says nothing about a GPU.
 """
-import argparse
 import sys
 from pathlib import Path
 
+from _arguments import parse_first_gpu
+
 if __name__ == '__main__':  # before the imports below, which take seconds
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output', type=Path, default=Path('gpu_report.md'), help='the report (gpu_report.md)')
-    parser.add_argument('--dry-run', action='store_true', help='on the CPU, scaled down')
-    arguments = parser.parse_args()
+    arguments = parse_first_gpu(sys.argv[1:], __doc__)
 
 import json
 import os
@@ -147,7 +145,7 @@ def take_first_steps(trial: Trial) -> str:
     chosen = [
         [question, f'{case.in_channels} to {case.out_channels}', *(
             'x'.join(map(str, pair)) for pair in (case.kernel_size, case.stride, case.image_size)), short(algorithm)]
-        for (question, case, _), algorithm in fastest._chosen.items()]
+        for (question, case, *_), algorithm in fastest._chosen.items()]
     head_chosen = ['', 'channels', 'kernel', 'stride', 'image', 'chosen']
     return f'{table(head, rows)}\n\n{table(head_chosen, chosen)}'
 

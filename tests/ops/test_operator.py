@@ -263,6 +263,16 @@ def test_gradients_have_the_layout_of_their_tensors(implementation):
     assert weight.grad.stride() == weight.stride()
 
 
+@pytest.mark.parametrize('name', ARGUMENTS)
+def test_a_single_argument_may_need_the_gradient(name):
+    """As the attention does where everything else is frozen."""
+    tensors, conv_args = make_inputs(*SHAPES['3x3'], tap_attn=True)
+    expected = torch.autograd.grad(dynamic_conv2d(**tensors, **conv_args).square().sum(), tensors[name])
+    frozen = {other: t if other == name else t.detach() for other, t in tensors.items()}
+    torch.testing.assert_close(
+        torch.autograd.grad(dynamic_conv2d(**frozen, **conv_args).square().sum(), frozen[name]), expected)
+
+
 def test_an_expanded_input_has_gradients():
     tensors, conv_args = make_inputs(*SHAPES['3x3'])
     one = tensors['x'][:1].detach().requires_grad_()

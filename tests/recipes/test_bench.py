@@ -8,6 +8,7 @@ import bench
 import pytest
 import timm
 import torch
+from _arguments import parse_bench
 
 from fmd_timm.ops import c_conv, operator
 
@@ -25,7 +26,7 @@ def small(monkeypatch, tmp_path):
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, 'argv', ['bench.py', *arguments])
-    bench.main()
+    bench.main(**vars(parse_bench(list(arguments))))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='of the CPU')
