@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fmd_timm import FMDConv2d, ODConv2d, load_official_state_dict, set_temperature
+from fmd_timm import FMDConv2d, ODConv2d, load_authors_state_dict, set_temperature
 
 GOLDEN = Path(__file__).parent / 'golden'
 CASES = sorted(path.stem for path in GOLDEN.glob('*.json'))
@@ -30,9 +30,9 @@ def make_conv(case, dtype):
     return FMDConv2d(*sizes, case['bias'], kernel_ratio=case['ratio'], **args)
 
 
-def load_official(conv, tensors, prefix):
-    official = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    load_official_state_dict(conv, official)
+def load_theirs(conv, tensors, prefix):
+    theirs = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    load_authors_state_dict(conv, theirs)
 
 
 def assert_close(actual, expected, dtype):
@@ -50,7 +50,7 @@ def test_layer_equals_the_authors_code(name, mode, dtype, implementation):
     if 'raises' in meta['modes'][mode]:
         pytest.skip('the authors code raises on this case (a training batch of one image); ours has its own test')
     conv = make_conv(meta['case'], dtype)
-    load_official(conv, golden, 'state.')
+    load_theirs(conv, golden, 'state.')
     set_temperature(conv, kernel=meta['temperature']['kernel'], gate=meta['temperature']['sigmoid'])
     conv.train(mode == 'train')
 
@@ -68,7 +68,7 @@ def test_layer_equals_the_authors_code(name, mode, dtype, implementation):
     for buffer in 'running_mean', 'running_var', 'num_batches_tracked':
         gradients[f'{mode}.grad.attention.bn.{buffer}'] = golden[f'state.attention.bn.{buffer}']
     expected = make_conv(meta['case'], torch.float64)
-    load_official(expected, gradients, f'{mode}.grad.')
+    load_theirs(expected, gradients, f'{mode}.grad.')
     for parameter, gradient in zip(conv.parameters(), expected.parameters(), strict=True):
         assert_close(parameter.grad, gradient.detach(), dtype)
 
@@ -80,7 +80,7 @@ def test_missing_and_unexpected_keys_are_named_and_nothing_is_loaded():
     before = {key: tensor.clone() for key, tensor in conv.state_dict().items()}
     state['attention.fcc.weight'] = state.pop('attention.fc.weight')
     with pytest.raises(ValueError, match=r"missing keys \['attention.fc.weight'\].*\['attention.fcc.weight'\]"):
-        load_official_state_dict(conv, state)
+        load_authors_state_dict(conv, state)
     assert all(torch.equal(tensor, before[key]) for key, tensor in conv.state_dict().items())
 
 
@@ -89,4 +89,4 @@ def test_a_wrong_shape_is_named():
     state = {key.removeprefix('state.'): tensor for key, tensor in golden.items() if key.startswith('state.')}
     conv = make_conv(dict(meta['case'], kernel_num=2), torch.float32)
     with pytest.raises(ValueError, match=r'weight is \(4, 24, 16, 3, 3\), expected \(2, 24, 16, 3, 3\)'):
-        load_official_state_dict(conv, state)
+        load_authors_state_dict(conv, state)
