@@ -1,5 +1,6 @@
-// The attention of images and their convolutions, each with its own mixture of K kernels. `c_conv.py` says what it is
-// for, `c_library.py` compiles it. All numbers are float32, images and kernels lie in memory as in channels_last.
+// The attention of images and their convolutions, each with its own mixture of K kernels, and the gradients of these.
+// `c_conv.py` says what it is for, `c_library.py` compiles it. All numbers are float32, images and kernels lie in
+// memory as in channels_last.
 
 #include <math.h>
 #include <string.h>
@@ -22,7 +23,7 @@ enum { WIDTH = 4, COLUMNS = 6, ROWS = 4 };
 #endif
 // Output channels of a block, rows of a panel (see `multiply`), bytes of a line of the caches.
 enum { O_BLOCK = 32, R_PANEL = 128, LINE = 64 };
-// Of the backward pass: most kernels, input channels of a tile, and images whose tiles are added up at once.
+// Of the backward pass: most kernels, input channels and images whose gradients are added to the kernels' at once.
 enum { MAX_KERNELS = 32, SQUARE = 16, IMAGES = 4 };
 // Where the gates of a layer are in an array.
 enum { IN, OUT, TAP, GATES };
@@ -280,7 +281,7 @@ typedef struct {
 
 static inline __attribute__((always_inline)) void multiply_tile(const Tile *t, const int pixels) {
     const float *x = t->x, *panel = t->panel;
-    const char *line = t->ahead.line, *end = line + t->ahead.length;
+    const char *line = t->ahead.line, *end = line ? line + t->ahead.length : 0;
     float *y = t->y;
     long out_channels = t->out_channels;
     vec sums[COLUMNS][2] = {0};
@@ -431,7 +432,8 @@ static void image_gradient(const Backward *c, long i, long first, long last) {
         n = O - o < most ? O - o : most;
         for (long tap = 0; tap < taps; tap++) {
             Span down = span(conv, 0, tap / conv->taps[1]), across = span(conv, 1, tap % conv->taps[1]);
-            const float *weight = c->weight + o * R + tap * I + i, *next = weight + (tap + 1 < taps ? I : n * R + I - R);
+            const float *weight = c->weight + o * R + tap * I + i;
+            const float *next = weight + (tap + 1 < taps ? I : n * R + I - R);
             for (long r = 0; r < n; r++)
                 for (long k = 0; k < K; k++)
                     memcpy(rows + (r * K + k) * O_BLOCK, weight + (k * O + r) * R, O_BLOCK * sizeof(float));
@@ -474,7 +476,7 @@ static void image_gradient(const Backward *c, long i, long first, long last) {
 }
 
 // The kernels' gradient of one image, for ROWS input channels of a tap and 2 * WIDTH output channels, times in_attn:
-// sums over the pixels of x (rows, ROWS, columns), `step` from one channel to the next, times y (rows, columns, O_BLOCK).
+// sums over pixels of x (rows, ROWS, columns), `step` from one channel to the next, times y (rows, columns, O_BLOCK).
 static void correlate(
         const float *x, long step, long x_row, const float *y, long y_row, long rows, long columns,
         const float *in_attn, float *tile) {
@@ -579,7 +581,8 @@ static void kernel_gradient(const Backward *c, long o, long chunk) {
 // The gradients of what a forward pass was given. Unlike there, no zeros stand around the images: taps skip them.
 void fmd_timm_backward(const Backward *c) {
     const Conv *conv = c->conv;
-    long I = conv->in_channels, O = conv->out_channels, B = c->batch, height = conv->in_size[0], width = conv->in_size[1];
+    long I = conv->in_channels, O = conv->out_channels, B = c->batch;
+    long height = conv->in_size[0], width = conv->in_size[1];
     long results = conv->out_size[0] * conv->out_size[1], stride = conv->stride[1];
     Conv of_x = {.in_channels = I, .in_size = {height, width}, .stride = {1, stride},
                  .rows = height, .columns = (width + stride - 1) / stride};
@@ -600,9 +603,10 @@ void fmd_timm_backward(const Backward *c) {
         #pragma omp for schedule(static)
         for (long row = 0; row < B * height; row++) pad(&x, row);
         #pragma omp for schedule(static)
-        for (long n = 0; n < B * results; n++)
+        for (long row = 0; row < B * of_y.rows; row++)
             for (long o = 0; o < O; o += O_BLOCK)
-                memcpy(c->of_y + (o * B * results + n * O_BLOCK), c->grad_y + n * O + o, O_BLOCK * sizeof(float));
+                for (long n = row * of_y.columns; n < (row + 1) * of_y.columns; n++)
+                    memcpy(c->of_y + o * B * results + n * O_BLOCK, c->grad_y + n * O + o, O_BLOCK * sizeof(float));
         #pragma omp for schedule(static)
         for (long n = 0; n < O / O_BLOCK * c->chunks; n++)
             kernel_gradient(c, n / c->chunks * O_BLOCK, n % c->chunks);

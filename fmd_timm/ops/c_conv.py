@@ -2,8 +2,9 @@
 
 A single image pays for reading K kernels where a static convolution reads one, and matrix products by PyTorch can't do
 anything else meanwhile. `c_conv.c` fetches the next kernels while it multiplies by the last ones. Images of a batch pay
-for mixing: here it goes from cache to cache, and nothing but the result is written to memory. `c_library.py` compiles
-it; where that is not possible, other algorithms do the same.
+for mixing: here it goes from cache to cache, and nothing but the result is written to memory. So do the gradients of
+each image's kernel, which are added to those of the K kernels and of the attention at once. `c_library.py` compiles it;
+where that is not possible, other algorithms do the same.
 """
 import contextlib
 import math

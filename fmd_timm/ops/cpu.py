@@ -45,6 +45,6 @@ def algorithms(question: str, case: Case) -> list:
     order = [algorithm for algorithm in order if hasattr(algorithm, direction) and algorithm.supports(case)]
     if (c_conv.differentiates if direction == 'backward' else c_conv.supports)(case):
         in_c_first = torch.backends.cpu.get_cpu_capability() == 'AVX512' and (
-            case.out_pixels < 500 or direction == 'forward' and case.kernel_size != (1, 1))
+            case.out_pixels < 500 or case.kernel_size != (1, 1) and (direction == 'forward' or case.out_pixels < 1000))
         order.insert(0 if in_c_first else len(order), c_conv)
     return order
