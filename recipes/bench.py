@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fmd_timm import DynamicConv2d, prepare_for_inference
-from fmd_timm.ops import c_conv, cpu, im2col, per_image, per_kernel, reference
+from fmd_timm.ops import im2col, per_image, per_kernel, reference
 from fmd_timm.ops.case import Attention, case_of
 from fmd_timm.ops.operator import algorithms
 
@@ -227,7 +227,7 @@ def layer_variants(layer: dict, mode: str, batch: int, device: torch.device) -> 
         getattr(algorithm, mode)(*arguments)
 
     ordered = algorithms(mode, case)
-    others = [reference, per_kernel, im2col, per_image, *([cpu.both, c_conv] if device.type == 'cpu' else [])]
+    others = [reference, per_kernel, im2col, per_image]
     tried = [*ordered, *(a for a in others if a not in ordered and hasattr(a, mode) and a.supports(case))]
     return dict(static=static, **{a.__name__.rpartition('.')[2]: partial(dynamic, a) for a in tried})
 

@@ -13,10 +13,9 @@ redirect_clients(os.environ, HUB.endpoint, CLIENTS_HOME.name)
 
 import pytest  # noqa: E402
 
-from fmd_timm.ops import c_conv, cpu, im2col, operator, per_image, per_kernel, reference  # noqa: E402
+from fmd_timm.ops import c_conv, im2col, operator, per_image, per_kernel, reference  # noqa: E402
 
-ALGORITHMS = {
-    'reference': reference, 'per_kernel': per_kernel, 'im2col': im2col, 'per_image': per_image, 'both': cpu.both}
+ALGORITHMS = {'reference': reference, 'per_kernel': per_kernel, 'im2col': im2col, 'per_image': per_image}
 
 
 @pytest.fixture(params=ALGORITHMS.values(), ids=ALGORITHMS)

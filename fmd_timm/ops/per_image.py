@@ -86,31 +86,6 @@ def backward(
         *(torch.cat(parts) if parts else None for parts in (grad_share, grad_in, grad_out, grad_taps)))
 
 
-def image_gradient(
-        grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and in_attn alone, for images that are small beside the kernels: those take the gates."""
-    share, bank = _share_and_bank(weight, attention, case)
-    _, _, tap_gate = _gates(attention, case)
-    gated_y = gated(grad_y, attention.out_attn)
-    grad_x = _empty(x, *x.shape[:2], x.shape[2:])
-    grad_in_attn = None if attention.in_attn is None else torch.empty_like(attention.in_attn)
-    parts, memory = _parts(bank, case, 10 * cache_bytes(2))
-    for part in parts:
-        kernels = _gate_(_mix(share[part], bank, weight, memory), part, tap_gate).to(x.dtype)
-        if case.is_pointwise:
-            _multiply(kernels.flatten(2).mT, _pixels(gated_y[part], memory_format(x)), out=_pixels(grad_x[part]))
-        for i, b in enumerate(range(part.start, part.stop)):
-            if not case.is_pointwise:
-                grad_x[b:b + 1], _, _ = torch.ops.aten.convolution_backward(
-                    gated_y[b:b + 1], x[b:b + 1], kernels[i], None, case.stride, case.padding, case.dilation, False,
-                    [0, 0], case.groups, [True, False, False],
-                )
-            if grad_in_attn is not None:
-                grad_in_attn[b] = (grad_x[b] * x[b]).sum((1, 2))
-                grad_x[b] *= attention.in_attn[b, :, None, None].to(x.dtype)
-    return grad_x, grad_in_attn
-
-
 def _share_and_bank(weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor]:
     share = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
     return share, kernel_rows(weight, case.num_kernels)
