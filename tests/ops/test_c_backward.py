@@ -117,6 +117,15 @@ def test_nan_stays_in_the_image_that_has_it():
     assert not found['x'].isnan().any()
 
 
+def test_nothing_is_left_of_the_images_of_another_call():
+    torch.set_num_threads(1)
+    shape = SHAPES['3x3'][1:]
+    for batch in 1, 2, 3:
+        grad_y, x, *others = make_call(4, *shape)
+        c_conv.backward(grad_y, torch.full_like(x, torch.nan), *others)
+        assert_as_defined(make_call(batch, *shape))
+
+
 def test_the_operator_differentiates_in_c(monkeypatch):
     grad_y, x, weight, attention, case = make_call(*SHAPES['3x3'])
     calls, backward = [], c_conv.backward
