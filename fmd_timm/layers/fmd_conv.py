@@ -115,9 +115,9 @@ class FMDAttention(DynamicAttention):
 class FMDConv2d(DynamicConv2d):
     """FMDConv: attention over kernels, input and output channels, see `FMDAttention`.
 
-    Args: those of `DynamicConv2d` (K = 4 as in the paper), `reduction`, the width of the gates' hidden layer relative to
-    C_in (1/16 as in the paper, at least 16 channels), and `kernel_ratio`, that of the kernel attention's hidden layer,
-    which has int(C_in * kernel_ratio) + 1 channels (1/4 as in the paper).
+    Args: those of `DynamicConv2d` (K = 4 as in the paper), `reduction`, the width of the gates' hidden layer relative
+    to C_in (1/16 as in the paper, at least 16 channels), and `kernel_ratio`, that of the kernel attention's hidden
+    layer, which has int(C_in * kernel_ratio) + 1 channels (1/4 as in the paper).
     """
     method, suffix, arxiv = 'FMDConv', 'fmd', '2503.17530'
     attention_layer = FMDAttention
