@@ -30,6 +30,9 @@ def save_for_hub(
         model_config: Entries over those of the model, such as `label_names`.
         model_args: Serializable arguments in place of those that `timm.create_model` got.
         data_config: Preprocessing over that of the model, such as `mean`, `std`, `crop_pct`.
+
+    Raises:
+        ValueError: An argument of the model can't be written as JSON, such as a class; nothing is written then.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-"""Weights: the tags that `hub_cards/` records, those grown out of timm's static checkpoints, and loading them with
-errors that name the repository.
+"""Pretrained weights: which tags there are, and loading them.
 
 A record `hub_cards/<model>.<tag>.json` is written by publishing. Its `hub` entry holds `repo`, `commit` and `sha256` of
 the weights, `pretrained_cfg` what timm needs to know of them. A tag is pinned to that commit, so that nobody else's

@@ -2,12 +2,13 @@
 reaches it too."""
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
+from timm.layers import FrozenBatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch.optim.swa_utils import update_bn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -51,10 +52,10 @@ def swap_norms(model, make):
     return model
 
 
-def frozen_by_torchvision(norm):
-    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
-    frozen.load_state_dict(norm.state_dict())
-    return frozen
+def frozen(norm, make=FrozenBatchNorm2d, **args):
+    module = make(norm.num_features, eps=norm.eps, **args)
+    module.load_state_dict(norm.state_dict())
+    return module
 
 
 @pytest.mark.parametrize('script', [False, True], ids=['eager', 'script'])
@@ -99,21 +100,22 @@ def test_every_norm_of_a_network_is_a_batch_norm_2d(method):
 
 @with_batch_norm
 @pytest.mark.parametrize('freeze', [
-    freeze_batch_norm_2d, lambda model: swap_norms(model, frozen_by_torchvision),
-], ids=['timm', 'torchvision'])
+    freeze_batch_norm_2d, lambda model: swap_norms(model, frozen),
+    lambda model: swap_norms(model, partial(frozen, make=FrozenBatchNormAct2d, apply_act=False)),
+], ids=['timm', 'torchvision', 'with_activation'])
 def test_a_frozen_network_trains_without_batch_statistics(freeze, method):
-    model = make_network(method)
-    images = make_images()
+    model, images = make_network(method), make_images()
     expected, keys = model(images), model.state_dict().keys()
-    frozen = freeze(copy.deepcopy(model)).train()
-    assert all(isinstance(norm, FrozenBatchNorm2d) for norm in attention_norms(frozen).values())
-    assert frozen.state_dict().keys() == {key for key in keys if not key.endswith('num_batches_tracked')}
-    logits = frozen(images)
+    model = freeze(model).train()
+    assert attention_norms(model)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    assert model.state_dict().keys() == {key for key in keys if not key.endswith('num_batches_tracked')}
+    logits = model(images)
     torch.testing.assert_close(logits, expected)
     logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in frozen.parameters())
-    torch.testing.assert_close(frozen(images[:1]), expected[:1])
-    torch.testing.assert_close(prepare_for_inference(frozen)(images), expected, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    torch.testing.assert_close(model(images[:1]), expected[:1])
+    torch.testing.assert_close(prepare_for_inference(model)(images), expected, rtol=1e-4, atol=1e-5)
 
 
 @with_batch_norm

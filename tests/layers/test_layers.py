@@ -378,7 +378,7 @@ def test_exported_layer_takes_any_batch(same_padding, method):
 
 
 @every_method
-@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.torch.jit:FutureWarning')
 def test_graphs_of_a_layer_take_images_of_any_size(method):
     conv, example = make_conv(method).eval(), torch.randn(2, 6, 9, 7)
     sizes = {2: torch.export.Dim('height', min=4), 3: torch.export.Dim('width', min=4)}

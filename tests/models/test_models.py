@@ -408,7 +408,9 @@ def test_channels_last_network_gives_the_same_result_and_gradients(name):
     plain(x).square().mean().backward()
     last(x.to(memory_format=torch.channels_last)).square().mean().backward()
     for expected, parameter in zip(plain.parameters(), last.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.grad)
+        # of the largest value: gradients reach 37,000 here, and images changed by 1e-15 move them by 1e-5
+        scale = expected.grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=0, atol=1e-7 * scale)
 
 
 @pytest.mark.parametrize('name', MODELS)
