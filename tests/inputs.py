@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from fmd_timm import FMDConv2d, ODConv2d, load_official_state_dict, set_temperature
+from fmd_timm import FMDConv2d, ODConv2d, load_authors_state_dict, set_temperature
 from fmd_timm.hub import save_for_hub
 
 # The operator
@@ -72,9 +72,9 @@ def make_conv(case, dtype):
     return FMDConv2d(*sizes, case['bias'], kernel_ratio=case['ratio'], **args)
 
 
-def load_official(conv, tensors, prefix):
-    official = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    load_official_state_dict(conv, official)
+def load_theirs(conv, tensors, prefix):
+    theirs = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    load_authors_state_dict(conv, theirs)
 
 
 def assert_close(actual, expected, dtype):
@@ -90,7 +90,7 @@ def check_against_the_authors_code(name, mode, dtype):
     if 'raises' in meta['modes'][mode]:
         pytest.skip('the authors code raises on this case (a training batch of one image); ours has its own test')
     conv = make_conv(meta['case'], dtype)
-    load_official(conv, golden, 'state.')
+    load_theirs(conv, golden, 'state.')
     set_temperature(conv, kernel=meta['temperature']['kernel'], gate=meta['temperature']['sigmoid'])
     conv.train(mode == 'train')
 
@@ -108,7 +108,7 @@ def check_against_the_authors_code(name, mode, dtype):
     for buffer in 'running_mean', 'running_var', 'num_batches_tracked':
         gradients[f'{mode}.grad.attention.bn.{buffer}'] = golden[f'state.attention.bn.{buffer}']
     expected = make_conv(meta['case'], torch.float64)
-    load_official(expected, gradients, f'{mode}.grad.')
+    load_theirs(expected, gradients, f'{mode}.grad.')
     for parameter, gradient in zip(conv.parameters(), expected.parameters(), strict=True):
         assert_close(parameter.grad, gradient.detach(), dtype)
 

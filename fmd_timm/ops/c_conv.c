@@ -1,28 +1,33 @@
-// The attention of images and their convolutions, each with its own mixture of K kernels. `c_conv.py` says what it is
-// for, `c_library.py` compiles it. All numbers are float32, images and kernels lie in memory as in channels_last.
+// The attention of images and their convolutions, each with its own mixture of K kernels, and the gradients of these.
+// `c_conv.py` says what it is for, `c_library.py` compiles it. All numbers are float32, images and kernels lie in
+// memory as in channels_last.
 
 #include <math.h>
+#include <string.h>
 
 // WIDTH: floats of a vector, as wide as the processor's. PIXELS, VECTORS: the largest tile, whose sums fill the registers;
-// TILES: all tiles. LOW, HIGH: which elements of two vectors a and b make the two halves of a0 b0 a1 b1 ...
+// TILES: all tiles. ROWS: channels of a tile of a kernel's gradient. LOW, HIGH: which elements of two vectors a and b
+// make the two halves of a0 b0 a1 b1 ...
 #if defined(__AVX512F__)
-enum { WIDTH = 16, PIXELS = 14, VECTORS = 2 };
+enum { WIDTH = 16, PIXELS = 14, VECTORS = 2, ROWS = 8 };
 #define TILES(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14)
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
-enum { WIDTH = 8, PIXELS = 3, VECTORS = 4 };
+enum { WIDTH = 8, PIXELS = 3, VECTORS = 4, ROWS = 4 };
 #define TILES(DO) DO(1) DO(2) DO(3)
 #define LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
-enum { WIDTH = 4, PIXELS = 6, VECTORS = 2 };
+enum { WIDTH = 4, PIXELS = 6, VECTORS = 2, ROWS = 4 };
 #define TILES(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6)
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #endif
 // Output channels of a block, rows of a panel (see `multiply`), bytes of a line of the caches.
 enum { O_BLOCK = 32, R_PANEL = 128, LINE = 64 };
+// Of the backward pass: most kernels, input channels and images whose gradients are added to the kernels' at once.
+enum { MAX_KERNELS = 32, SQUARE = 16, IMAGES = 4 };
 // Where the gates of a layer are in an array.
 enum { IN, OUT, TAP, GATES };
 typedef float vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
@@ -63,6 +68,15 @@ typedef struct {
     float *y;             // (B, H', W', O); null: only the attention is asked for
     long batch, threads;
 } Call;
+
+typedef struct {
+    const Conv *conv;
+    const float *x, *weight, *grad_y, *kernel_attn, *gates[GATES];  // as in a Call; the gradient of y
+    float *grad_x, *grad_weight, *grad_in_attn;                     // the last is null where there is no in_attn
+    float *products;      // (chunks, T, B, K, O), zeros: see `add_tiles`; T is taps where there is tap_attn, or else 1
+    float *of_x, *of_y;   // memory: (B, H, I, stride, columns) and (B, H', W', O)
+    long batch, threads, chunks;  // images; threads; parts of the input channels whose kernels are differentiated apart
+} Backward;
 
 // One output of a linear map.
 static float apply(const Linear *map, const float *x, long output) {
@@ -387,5 +401,214 @@ void fmd_timm_run(const Call *all) {
         if (!c.y) continue;
         c.y += first * conv->out_size[0] * conv->out_size[1] * conv->out_channels;
         convolve(&c);
+    }
+}
+
+// The results that meet a pixel under a tap, in one dimension: n of them from `first`, whose pixel is `pixel`.
+typedef struct {
+    long first, n, pixel;
+} Span;
+
+static Span span(const Conv *conv, int dimension, long tap) {
+    long stride = conv->stride[dimension], at = tap * conv->dilation[dimension] - conv->padding[dimension];
+    long first = at < 0 ? (stride - 1 - at) / stride : 0, end = (conv->in_size[dimension] - at + stride - 1) / stride;
+    if (end > conv->out_size[dimension]) end = conv->out_size[dimension];
+    return (Span){first, end > first ? end - first : 0, first * stride + at};
+}
+
+// Gradients of O_BLOCK input channels of some images and of their in_attn. Each tap adds the gradients of the results,
+// times its mixed kernel (O, I), to the pixels under it: a convolution whose panels have output channels as rows.
+static void image_gradient(const Backward *c, long i, long first, long last) {
+    const Conv *conv = c->conv;
+    long I = conv->in_channels, O = conv->out_channels, K = conv->num_kernels;
+    long height = conv->out_size[0], width = conv->out_size[1], pixels = conv->in_size[0] * conv->in_size[1];
+    long taps = conv->taps[0] * conv->taps[1], R = taps * I;
+    float *sums = c->of_x + i * c->batch * pixels;  // (B, pixels, O_BLOCK): side by side, they stay in the cache
+    float rows[MAX_KERNELS * SQUARE * O_BLOCK] __attribute__((aligned(LINE)));  // (n, K, O_BLOCK): the same of kernels
+    float panel[R_PANEL * O_BLOCK] __attribute__((aligned(LINE)));
+    long most = MAX_KERNELS * SQUARE / K < R_PANEL ? MAX_KERNELS * SQUARE / K : R_PANEL;
+    memset(sums + first * pixels * O_BLOCK, 0, (last - first) * pixels * O_BLOCK * sizeof(float));
+    for (long o = 0, n; o < O; o += n) {
+        n = O - o < most ? O - o : most;
+        for (long tap = 0; tap < taps; tap++) {
+            Span down = span(conv, 0, tap / conv->taps[1]), across = span(conv, 1, tap % conv->taps[1]);
+            const float *weight = c->weight + o * R + tap * I + i;
+            const float *next = weight + (tap + 1 < taps ? I : n * R + I - R);
+            for (long r = 0; r < n; r++)
+                for (long k = 0; k < K; k++)
+                    memcpy(rows + (r * K + k) * O_BLOCK, weight + (k * O + r) * R, O_BLOCK * sizeof(float));
+            Source s = {.first = rows, .next = (const char *)rows, .n = n};
+            Tile t = {.n = n, .step = width, .out_channels = conv->stride[1] * O_BLOCK, .scale = ones, .shift = zeros};
+            long parts = (across.n + PIXELS - 1) / PIXELS, call = 0;
+            for (long image = first; image < last; image++) {
+                const float *out_attn = c->gates[OUT] ? c->gates[OUT] + image * O + o : 0;
+                float gate = c->gates[TAP] ? c->gates[TAP][image * taps + tap] : 1;
+                mix_bank(&s, c->kernel_attn + image * K, out_attn, gate, K, 2 * K, panel);
+                for (long to = 0; to < O_BLOCK; to += VECTORS * WIDTH)
+                    for (long row = 0; row < down.n; row++)
+                        for (long part = 0; part < parts; part++, call++) {
+                            long column = part * across.n / parts, end = (part + 1) * across.n / parts;
+                            long pixel = (image * conv->in_size[0] + down.pixel + row * conv->stride[0])
+                                * conv->in_size[1] + across.pixel + column * conv->stride[1];
+                            t.panel = panel + to;
+                            t.x = c->of_y + ((image * height + down.first + row) * O + o) * width
+                                + across.first + column;
+                            t.y = sums + pixel * O_BLOCK + to;
+                            // Each tile fetches half of a kernel's rows of the next panel.
+                            t.ahead = call < 2 * K ? (Run){
+                                (const char *)(next + (call / 2 * O + call % 2 * (n / 2)) * R),
+                                O_BLOCK * sizeof(float), (R - O_BLOCK) * sizeof(float)} : (Run){0};
+                            tiles[end - column](&t);
+                        }
+            }
+        }
+    }
+    for (long image = first; image < last; image++) {
+        float grad_in_attn[O_BLOCK] = {0};
+        for (long pixel = image * pixels; pixel < (image + 1) * pixels; pixel++)
+            for (int l = 0; l < O_BLOCK; l++) {
+                float grad = sums[pixel * O_BLOCK + l];
+                grad_in_attn[l] += grad * c->x[pixel * I + i + l];
+                c->grad_x[pixel * I + i + l] = c->gates[IN] ? grad * c->gates[IN][image * I + i + l] : grad;
+            }
+        if (c->grad_in_attn) memcpy(c->grad_in_attn + image * I + i, grad_in_attn, sizeof(grad_in_attn));
+    }
+}
+
+// The kernels' gradient of one image, for ROWS input channels of a tap and 2 * WIDTH output channels, times in_attn:
+// sums over pixels of x (rows, ROWS, columns), `step` from one channel to the next, times y (rows, columns, O_BLOCK).
+static void correlate(
+        const float *x, long step, long x_row, const float *y, long y_row, long rows, long columns,
+        const float *in_attn, float *tile) {
+    vec sums[ROWS][2] = {0};
+    for (long row = 0; row < rows; row++, x += x_row, y += y_row)
+        for (long column = 0; column < columns; column++) {
+            vec left = *(const vec *)(y + column * O_BLOCK), right = *(const vec *)(y + column * O_BLOCK + WIDTH);
+            UNROLL for (int m = 0; m < ROWS; m++) {
+                sums[m][0] += x[m * step + column] * left;
+                sums[m][1] += x[m * step + column] * right;
+            }
+        }
+    UNROLL for (int m = 0; m < ROWS; m++)
+        for (int v = 0; v < 2; v++)
+            *(vec *)(tile + m * O_BLOCK + v * WIDTH) = sums[m][v] * (in_attn ? in_attn[m] : 1);
+}
+
+typedef float Square[SQUARE][O_BLOCK] __attribute__((aligned(LINE)));  // some weights of a tap
+
+// Adds the tiles of some images to the gradients of K kernels, times their attention, and to `products`: of the tiles
+// with the kernels, summed over input channels. All of the attention but in_attn gets its gradient of those.
+static void add_tiles(const Backward *c, long first, long o, long tap, Square *tiles, Square *kernels, Square *grads,
+                      float *products) {
+    long O = c->conv->out_channels, K = c->conv->num_kernels, taps = c->conv->taps[0] * c->conv->taps[1];
+    long images = c->batch - first < IMAGES ? c->batch - first : IMAGES;
+    for (long to = 0; to < O_BLOCK; to += WIDTH)
+        for (long k = 0; k < K; k++) {
+            vec sums[IMAGES] = {0}, factors[IMAGES] = {0};
+            for (long b = 0, image = first; b < images; b++, image++) {
+                float factor = c->kernel_attn[image * K + k];
+                if (c->gates[TAP]) factor *= c->gates[TAP][image * taps + tap];
+                factors[b] = factor + (vec){0};
+                if (c->gates[OUT]) factors[b] *= *(const vec *)(c->gates[OUT] + image * O + o + to);
+            }
+            for (long r = 0; r < SQUARE; r++) {
+                vec kernel = *(const vec *)&kernels[k][r][to], grad = *(const vec *)&grads[k][r][to];
+                for (int b = 0; b < IMAGES; b++) {
+                    vec value = *(const vec *)&tiles[b][r][to];
+                    sums[b] += kernel * value;
+                    grad += factors[b] * value;
+                }
+                *(vec *)&grads[k][r][to] = grad;
+            }
+            for (long b = 0; b < images; b++) *(vec *)(products + ((first + b) * K + k) * O + o + to) += sums[b];
+        }
+}
+
+// Gradients of O_BLOCK output channels of the kernels, for a part of the input channels. The gradients of an image's
+// kernel never leave the cache.
+static void kernel_gradient(const Backward *c, long o, long chunk) {
+    const Conv *conv = c->conv;
+    long I = conv->in_channels, O = conv->out_channels, K = conv->num_kernels, B = c->batch;
+    long height = conv->out_size[0], width = conv->out_size[1], squares = I / SQUARE;
+    long taps = conv->taps[0] * conv->taps[1], R = taps * I, stride = conv->stride[1];
+    long columns = (conv->in_size[1] + stride - 1) / stride, step = stride * columns;
+    Square kernels[MAX_KERNELS], grads[MAX_KERNELS], images[IMAGES];
+    for (long i = squares * chunk / c->chunks * SQUARE; i < squares * (chunk + 1) / c->chunks * SQUARE; i += SQUARE)
+        for (long tap = 0; tap < taps; tap++) {
+            Span down = span(conv, 0, tap / conv->taps[1]), across = span(conv, 1, tap % conv->taps[1]);
+            float *products = c->products + (c->gates[TAP] ? chunk * taps + tap : chunk) * B * K * O;
+            long start = o * R + tap * I + i, next = start + (tap + 1 < taps ? I : SQUARE + I - R);
+            vec square[WIDTH];
+            for (long k = 0; k < K; k++)
+                for (long to = 0; to < O_BLOCK; to += WIDTH)
+                    for (long r = 0; r < SQUARE; r += WIDTH) {
+                        for (int l = 0; l < WIDTH; l++)
+                            square[l] = *(const vec *)(c->weight + start + (k * O + to + l) * R + r);
+                        transpose(square);
+                        for (int l = 0; l < WIDTH; l++) *(vec *)&kernels[k][r + l][to] = square[l];
+                    }
+            memset(grads, 0, K * sizeof(Square));
+            for (long image = 0; image < B; image++) {
+                const float *x = c->of_x + ((image * conv->in_size[0] + down.pixel) * I + i) * step
+                    + across.pixel % stride * columns + across.pixel / stride;
+                const float *y = c->of_y
+                    + ((o / O_BLOCK * B + image) * height * width + down.first * width + across.first) * O_BLOCK;
+                const float *in_attn = c->gates[IN] ? c->gates[IN] + image * I + i : 0;
+                for (long r = 0; r < SQUARE; r += ROWS)
+                    for (long to = 0; to < O_BLOCK; to += 2 * WIDTH)
+                        correlate(x + r * step, step, conv->stride[0] * I * step, y + to, width * O_BLOCK, down.n,
+                                  across.n, in_attn ? in_attn + r : 0, &images[image % IMAGES][r][to]);
+                for (long line = image * K * O_BLOCK / B; line < (image + 1) * K * O_BLOCK / B; line++) {
+                    long row = next + (line / O_BLOCK * O + line % O_BLOCK) * R;
+                    __builtin_prefetch(c->weight + row, 0, 2);
+                    __builtin_prefetch(c->grad_weight + row, 1, 2);
+                }
+                if (image + 1 == B) memset(images + B % IMAGES, 0, (IMAGES - B % IMAGES) % IMAGES * sizeof(Square));
+                if (image + 1 == B || image % IMAGES == IMAGES - 1)
+                    add_tiles(c, image / IMAGES * IMAGES, o, tap, images, kernels, grads, products);
+            }
+            for (long k = 0; k < K; k++)
+                for (long to = 0; to < O_BLOCK; to += WIDTH)
+                    for (long r = 0; r < SQUARE; r += WIDTH) {
+                        for (int l = 0; l < WIDTH; l++) square[l] = *(const vec *)&grads[k][r + l][to];
+                        transpose(square);
+                        for (int l = 0; l < WIDTH; l++)
+                            *(vec *)(c->grad_weight + start + (k * O + to + l) * R + r) = square[l];
+                    }
+        }
+}
+
+// The gradients of what a forward pass was given. Unlike there, no zeros stand around the images: taps skip them.
+void fmd_timm_backward(const Backward *c) {
+    const Conv *conv = c->conv;
+    long I = conv->in_channels, O = conv->out_channels, B = c->batch;
+    long height = conv->in_size[0], width = conv->in_size[1];
+    long results = conv->out_size[0] * conv->out_size[1], stride = conv->stride[1];
+    Conv of_x = {.in_channels = I, .in_size = {height, width}, .stride = {1, stride},
+                 .rows = height, .columns = (width + stride - 1) / stride};
+    Conv of_y = {.in_channels = O, .in_size = {conv->out_size[0], conv->out_size[1]}, .stride = {1, 1},
+                 .rows = conv->out_size[0], .columns = conv->out_size[1]};
+    Call x = {.conv = &of_x, .x = c->x, .padded = c->of_x}, y = {.conv = &of_y, .x = c->grad_y, .padded = c->of_y};
+    // Of some images, the sums and the gradients of the results of one panel should stay in the L2 cache.
+    long blocks = I / O_BLOCK, parts = B * (height * width * O_BLOCK + results * R_PANEL) / conv->chunk + 1;
+    if (parts * blocks < c->threads) parts = (c->threads + blocks - 1) / blocks;
+    if (parts > B) parts = B;
+    #pragma omp parallel num_threads(c->threads)
+    {
+        #pragma omp for schedule(static)
+        for (long row = 0; row < B * of_y.rows; row++) pad(&y, row);
+        #pragma omp for schedule(static)
+        for (long n = 0; n < blocks * parts; n++)
+            image_gradient(c, n % blocks * O_BLOCK, B * (n / blocks) / parts, B * (n / blocks + 1) / parts);
+        #pragma omp for schedule(static)
+        for (long row = 0; row < B * height; row++) pad(&x, row);
+        #pragma omp for schedule(static)
+        for (long row = 0; row < B * of_y.rows; row++)
+            for (long o = 0; o < O; o += O_BLOCK)
+                for (long n = row * of_y.columns; n < (row + 1) * of_y.columns; n++)
+                    memcpy(c->of_y + o * B * results + n * O_BLOCK, c->grad_y + n * O + o, O_BLOCK * sizeof(float));
+        #pragma omp for schedule(static)
+        for (long n = 0; n < O / O_BLOCK * c->chunks; n++)
+            kernel_gradient(c, n / c->chunks * O_BLOCK, n % c->chunks);
     }
 }

@@ -2,8 +2,9 @@
 
 A single image pays for reading K kernels where a static convolution reads one, and matrix products by PyTorch can't do
 anything else meanwhile. `c_conv.c` fetches the next kernels while it multiplies by the last ones. Images of a batch pay
-for mixing: here it goes from cache to cache, and nothing but the result is written to memory. `c_library.py` compiles
-it; where that is not possible, other algorithms do the same. There is no backward pass in C.
+for mixing: here it goes from cache to cache, and nothing but the result is written to memory. So do the gradients of
+each image's kernel, which are added to those of the K kernels and of the attention at once. `c_library.py` compiles it;
+where that is not possible, other algorithms do the same.
 """
 import contextlib
 import math
@@ -15,13 +16,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .c_library import Call, Conv, Linear, Maps, library
+from .c_library import Backward, Call, Conv, Linear, Maps, library
 from .cache import cache_bytes
-from .case import Attention, Case, output_size
+from .case import Attention, Case, Gradients, output_size
 
-__all__ = ['Layer', 'forward', 'is_available', 'supports', 'takes']
+__all__ = ['Layer', 'backward', 'differentiates', 'forward', 'is_available', 'supports', 'takes']
 
 O_BLOCK, WIDTH = 32, 16  # output channels of a block and floats of the widest vector in c_conv.c
+SQUARE, MAX_KERNELS = 16, 32  # input channels at a time and most kernels of a backward pass there
 SMALL = 2**20  # numbers of a padded image that any machine has room for
 
 Map = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
@@ -41,6 +43,11 @@ def supports(case: Case) -> bool:
         and (case.weight_channels_last or case.kernel_size == (1, 1))
         and _conv_of(case) is not None and is_available()
     )
+
+
+def differentiates(case: Case) -> bool:
+    """Whether C computes the gradients, too: input channels are the output channels of the images' gradient."""
+    return case.in_channels % O_BLOCK == 0 and case.num_kernels <= MAX_KERNELS and supports(case)
 
 
 def takes(weight: Tensor, num_kernels: int) -> bool:
@@ -63,6 +70,34 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
         conv=addressof(conv), x=_start(x), weight=_start(weight), kernel_attn=kernel_attn, gates=tuple(gates),
         padded=_start(padded), y=_start(y), batch=case.batch, threads=torch.get_num_threads()))
     return y.permute(0, 3, 1, 2)
+
+
+def backward(grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
+    """Gradients of x, weight and attention; None for what is None."""
+    conv, threads = _conv_of(case), torch.get_num_threads()
+    B, K, I, O, (height, width) = case.batch, case.num_kernels, case.in_channels, case.out_channels, case.image_size
+    grad_y, x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (grad_y, x, weight))
+    kernel_attn, in_attn, out_attn, tap_attn = attention
+    chunks = min(math.ceil(4 * threads / (O // O_BLOCK)), I // SQUARE)  # four pieces of work for a thread
+    products = x.new_zeros(chunks, 1 if tap_attn is None else tap_attn.shape[1], B, K, O)
+    grad_x, grad_weight = x.new_empty(B, height, width, I), torch.empty_like(weight)
+    grad_in_attn = None if in_attn is None else torch.empty_like(in_attn)
+    columns = math.ceil(width / case.stride[1]) * case.stride[1]
+    of_x, of_y = x.new_empty(B * height * columns * I), torch.empty_like(grad_y)
+    library().fmd_timm_backward(Backward(
+        addressof(conv), *map(_start, (x, weight, grad_y, kernel_attn)), tuple(map(_start, attention[1:])),
+        *map(_start, (grad_x, grad_weight, grad_in_attn, products, of_x, of_y)), B, threads, chunks))
+
+    products = products.sum(0)  # (taps or 1, B, K, O), of every image's kernel before out_attn and tap_attn
+    tap = products.new_ones(B, 1) if tap_attn is None else tap_attn
+    out = products.new_ones(B, O) if out_attn is None else out_attn
+    by_channel = torch.einsum('tbko,bt->bko', products, tap)
+    return grad_x.permute(0, 3, 1, 2), grad_weight, Attention(
+        torch.einsum('bko,bo->bk', by_channel, out),
+        grad_in_attn,
+        None if out_attn is None else torch.einsum('bko,bk->bo', by_channel, kernel_attn),
+        None if tap_attn is None else torch.einsum('tbko,bk,bo->bt', products, kernel_attn, out),
+    )
 
 
 class Layer:

@@ -23,7 +23,7 @@ import threading
 import warnings
 from pathlib import Path
 
-__all__ = ['Call', 'Conv', 'Linear', 'Maps', 'library']
+__all__ = ['Backward', 'Call', 'Conv', 'Linear', 'Maps', 'library']
 
 SOURCE = Path(__file__).with_name('c_conv.c')
 FLAGS = '-O3', '-march=native', '-std=gnu11', '-fPIC', '-shared'
@@ -57,6 +57,13 @@ class Call(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_void_p, 'maps conv x weight bank shift kernel_attn'), ('gates', ctypes.c_void_p * 3),
         *_fields(ctypes.c_void_p, 'pooled squeezed padded y'), *_fields(ctypes.c_long, 'batch threads')]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_void_p, 'conv x weight grad_y kernel_attn'), ('gates', ctypes.c_void_p * 3),
+        *_fields(ctypes.c_void_p, 'grad_x grad_weight grad_in_attn products of_x of_y'),
+        *_fields(ctypes.c_long, 'batch threads chunks')]
 
 
 @functools.cache
@@ -134,6 +141,7 @@ def _hash(content: bytes) -> str:
 def _load(file: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(file))
     loaded.fmd_timm_run.argtypes, loaded.fmd_timm_run.restype = [ctypes.POINTER(Call)], None
+    loaded.fmd_timm_backward.argtypes, loaded.fmd_timm_backward.restype = [ctypes.POINTER(Backward)], None
     return loaded
 
 

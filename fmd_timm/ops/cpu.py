@@ -41,8 +41,8 @@ def algorithms(question: str, case: Case) -> list:
         order = [im2col, both, per_image, per_kernel]
     direction = 'backward' if question == 'backward' else 'forward'
     order = [algorithm for algorithm in order if hasattr(algorithm, direction) and algorithm.supports(case)]
-    if direction == 'forward' and c_conv.supports(case):
+    if (c_conv.differentiates if direction == 'backward' else c_conv.supports)(case):
         in_c_first = torch.backends.cpu.get_cpu_capability() == 'AVX512' and (
-            case.kernel_size != (1, 1) or case.out_pixels < 500)
+            case.out_pixels < 500 or case.kernel_size != (1, 1) and (direction == 'forward' or case.out_pixels < 1000))
         order.insert(0 if in_c_first else len(order), c_conv)
     return order

@@ -22,7 +22,7 @@ COMMANDS = dict(
     predict=['runs/digits', 'image.png', '--topp', '1'], compare=['digits', '--learning-rate', '1'],
     publish=['--run', 'runs/digits', '--repository', 'acme/digits'], transfer=['--seed-count', '1'],
     _timing=['digits', '--models', 'resnet18', '--learning-rate', '1'], _report=['--folder', 'runs'],
-    bench=['--model', 'resnet18'], first_gpu=['--out', 'report.md'],
+    bench=['--modell', 'resnet18'], first_gpu=['--outputs', 'report.md'],
 )
 
 
