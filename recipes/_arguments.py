@@ -14,7 +14,7 @@ METHODS = 'cond', 'dy', 'od', 'fmd'
 
 def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
 
 def parse_recipe(argv: list[str], description: str | None = None) -> argparse.Namespace:
@@ -52,7 +52,7 @@ def parse_train(argv: list[str], description: str | None = None) -> argparse.Nam
 
 def parse_timing(argv: list[str], description: str | None = None) -> argparse.Namespace:
     """preset, recipe, models and output."""
-    parser = make_parser(description, allow_abbrev=False)
+    parser = make_parser(description)
     parser.add_argument('--models', nargs='+', required=True, metavar='NAME', help='models registered in timm')
     args, rest = parser.parse_known_args(argv)
     run = parse_recipe(rest)
@@ -63,7 +63,7 @@ def parse_timing(argv: list[str], description: str | None = None) -> argparse.Na
 def parse_compare(argv: list[str], description: str | None = None) -> argparse.Namespace:
     """preset, recipe, models, seeds, output, and the arguments for recipes/train.py that all runs share."""
     parser = make_parser(
-        description, allow_abbrev=False,
+        description,
         usage='compare.py [preset] [--models NAME ...] [--seeds N] [--output FOLDER] [--option of train.py ...]',
     )
     parser.add_argument(
