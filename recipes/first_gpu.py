@@ -147,7 +147,7 @@ def take_first_steps(trial: Trial) -> str:
     chosen = [
         [question, f'{case.in_channels} to {case.out_channels}', *(
             'x'.join(map(str, pair)) for pair in (case.kernel_size, case.stride, case.image_size)), short(algorithm)]
-        for (question, case, _), algorithm in fastest._chosen.items()]
+        for (question, case, *_), algorithm in fastest._chosen.items()]
     head_chosen = ['', 'channels', 'kernel', 'stride', 'image', 'chosen']
     return f'{table(head, rows)}\n\n{table(head_chosen, chosen)}'
 
