@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import assert_near, make_inputs, run, run_reference
 
 from fmd_timm import dynamic_conv2d
 from fmd_timm.ops import cuda, im2col, operator, per_image, per_kernel, reference, triton_checked
@@ -305,75 +306,56 @@ def test_the_operator_asks_for_this_order(gpu):
         assert operator.algorithms(question, PLAIN) is cuda.algorithms(question, PLAIN)
 
 
-LAYERS = {  # B, K, I, O, kernel, stride, pixels a side, tap_attn; one for each order
-    'large': (2, 4, 8, 16, 3, 1, 28, False),
-    'small': (3, 4, 8, 16, 3, 2, 14, False),
-    'pointwise': (3, 4, 8, 16, 1, 1, 14, False),
-    'taps': (3, 4, 16, 8, 3, 1, 5, True),
-    'odd_taps': (3, 2, 5, 7, 3, 1, 6, True),
-    'one_kernel': (3, 1, 8, 16, 3, 1, 6, False),
-    'one_image': (1, 4, 8, 16, 3, 1, 6, False),
+LAYERS = {  # B, K, I, O, kernel, stride, padding, dilation, (H, W); whether it has taps: one for each order
+    'large': ((2, 4, 8, 16, 3, 1, 1, 1, (28, 28)), False),
+    'small': ((3, 4, 8, 16, 3, 2, 1, 1, (14, 14)), False),
+    'pointwise': ((3, 4, 8, 16, 1, 1, 0, 1, (14, 14)), False),
+    'taps': ((3, 4, 16, 8, 3, 1, 1, 1, (5, 5)), True),
+    'odd_taps': ((3, 2, 5, 7, 3, 1, 1, 1, (6, 6)), True),
+    'one_kernel': ((3, 1, 8, 16, 3, 1, 1, 1, (6, 6)), False),
+    'one_image': ((1, 4, 8, 16, 3, 1, 1, 1, (6, 6)), False),
 }
 DEVICE = torch.device('cuda', 0) if torch.cuda.is_available() else torch.device('cpu')
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # float32 may be multiplied as TF32
 
 
-def layer_inputs(B, K, I, O, kernel, stride, size, taps, dtype=torch.float32):
-    """x, weight and the attention's four on the GPU if there is one, and the arguments of the convolution."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    attention = Attention(
-        normal(B, K).softmax(1), normal(B, I).sigmoid(), normal(B, O).sigmoid(),
-        normal(B, kernel**2).sigmoid() if taps else None)
-    x = normal(B, I, size, size).to(dtype, memory_format=torch.channels_last)
-    return (x, normal(K * O, I, kernel, kernel), *attention), dict(stride=stride, padding=kernel // 2)
-
-
-def assert_near(found, exact, dtype):
-    for got, value in zip(found, exact, strict=True):
-        if value is not None:
-            error = (got.double() - value).norm() / value.norm()
-            assert error < TOLERANCES[dtype], f'off by {error:.1e}'  # NaN too fails
+def layer_inputs(layer, dtype=torch.bfloat16):
+    """x, weight, attention and case, on the GPU if there is one."""
+    shape, has_taps = LAYERS[layer]
+    inputs = make_inputs(
+        *shape, dtype=dtype, weight_dtype=torch.float32, without=() if has_taps else ('tap_attn',), device=DEVICE)
+    x = inputs[0].to(memory_format=torch.channels_last)
+    return x, *inputs[1:3], inputs[3]._replace(channels_last=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('layer', LAYERS)
 def test_each_algorithm_of_the_order_is_right(layer, dtype, gpu):
-    (x, weight, *attention), _ = layer_inputs(*LAYERS[layer], dtype)
-    attention, stride, kernel = Attention(*attention), LAYERS[layer][5], LAYERS[layer][4]
-    case = case_of(x, weight, attention, (stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
-    grad_y = torch.randn(
-        case.batch, case.out_channels, *case.output_size, generator=torch.Generator().manual_seed(1)).to(x)
-    exact = x.double(), weight.double(), Attention(*(t if t is None else t.double() for t in attention))
-    y, (grad_x, grad_weight, gradients) = reference.forward(*exact, case), reference.backward(
-        grad_y.double(), *exact, case)
+    x, weight, attention, case = layer_inputs(layer, dtype)
+    exact = run_reference(x, weight, attention, case)
     for question in 'forward', 'backward':
         for algorithm in cuda.algorithms(question, case._replace(device=torch.device('cuda', 0))):
-            if isinstance(algorithm, TritonConv) and DEVICE.type == 'cpu':
-                continue  # test_triton.py has an interpreter
-            if question == 'forward':
-                assert_near([algorithm.forward(x, weight, attention, case)], [y], dtype)
-            else:
-                found = algorithm.backward(grad_y, x, weight, attention, case)
-                assert_near((*found[:2], *found[2]), (grad_x, grad_weight, *gradients), dtype)
+            if DEVICE.type == 'cuda' or not isinstance(algorithm, TritonConv):  # test_triton.py has an interpreter
+                assert_near(run(algorithm, x, weight, attention, case), exact, TOLERANCES[dtype])
 
 
-def step(tensors, conv_args):
-    """The result and the gradients of all tensors."""
-    leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
-    y = dynamic_conv2d(*leaves, **conv_args)
+def step(x, weight, attention, case):
+    """The operator's result and the gradients of all tensors."""
+    leaves = [t if t is None else t.detach().requires_grad_() for t in (x, weight, *attention)]
+    y = dynamic_conv2d(*leaves, stride=case.stride, padding=case.padding)
     return y.detach(), *torch.autograd.grad(y.float().square().sum(), [t for t in leaves if t is not None])
+
+
+def assert_same(found, expected):
+    assert_near(dict(enumerate(found)), dict(enumerate(t.double() for t in expected)), TOLERANCES[torch.bfloat16])
 
 
 @needs_gpu
 @pytest.mark.parametrize('layer', LAYERS)
 def test_untimed_results_repeat_bit_for_bit(layer):
-    tensors, conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
+    inputs = layer_inputs(layer)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        first, second = step(tensors, conv_args), step(tensors, conv_args)
+        first, second = step(*inputs), step(*inputs)
     assert all(map(torch.equal, first, second))
 
 
@@ -381,49 +363,51 @@ def test_untimed_results_repeat_bit_for_bit(layer):
 @pytest.mark.parametrize('benchmark', [False, True], ids=['ordered', 'timed'])
 @pytest.mark.parametrize('layer', LAYERS)
 def test_a_captured_graph_gives_what_eager_gives(layer, benchmark):
-    tensors, conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
+    inputs = layer_inputs(layer)
     with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark):
-        eager = step(tensors, conv_args)
+        eager = step(*inputs)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step(tensors, conv_args)
+            step(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = step(tensors, conv_args)
+            captured = step(*inputs)
         graph.replay()
-    assert_near(captured, [t.double() for t in eager], torch.bfloat16)
+    assert_same(captured, eager)
 
 
 @needs_gpu
 @pytest.mark.parametrize('layer', LAYERS)
 def test_compiled_with_graphs_it_gives_what_eager_gives(layer):
-    tensors, conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
-    compiled = torch.compile(lambda *tensors: dynamic_conv2d(*tensors, **conv_args), mode='reduce-overhead')
-    expected = dynamic_conv2d(*tensors, **conv_args)
+    x, weight, attention, case = layer_inputs(layer)
+
+    def convolve(*tensors):
+        return dynamic_conv2d(*tensors, stride=case.stride, padding=case.padding)
+
+    compiled = torch.compile(convolve, mode='reduce-overhead')
     for _ in range(3):  # recorded in the second, replayed in the third
-        found = compiled(*tensors).clone()
-    assert_near([found], [expected.double()], torch.bfloat16)
+        found = compiled(x, weight, *attention).clone()
+    assert_same([found], [convolve(x, weight, *attention)])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='one GPU or none')
 @pytest.mark.parametrize('layer', LAYERS)
 def test_it_runs_on_a_gpu_that_is_not_the_current_one(layer):
-    tensors, conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
-    there = [t if t is None else t.to('cuda:1') for t in tensors]
+    x, weight, attention, case = layer_inputs(layer)
+    there = Attention(*(t if t is None else t.to('cuda:1') for t in attention))
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        found = step(there, conv_args)
+        found = step(x.to('cuda:1'), weight.to('cuda:1'), there, case)
     assert all(t.device.index == 1 for t in found)
-    assert_near([t.to(DEVICE) for t in found], [t.double() for t in step(tensors, conv_args)], torch.bfloat16)
+    assert_same([t.to(DEVICE) for t in found], step(x, weight, attention, case))
 
 
 @needs_gpu
 @pytest.mark.parametrize('layer', LAYERS)
 def test_an_odd_address_gives_the_same_numbers(layer):
-    (x, *others), conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
-    shifted = torch.cat([x.new_zeros(1), x.permute(0, 2, 3, 1).flatten()])[1:]
-    shifted = shifted.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    x, *others = layer_inputs(layer)
+    pixels = x.permute(0, 2, 3, 1)
+    shifted = torch.cat([x.new_zeros(1), pixels.flatten()])[1:].view(pixels.shape).permute(0, 3, 1, 2)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        expected, found = step((x, *others), conv_args), step((shifted, *others), conv_args)
-    assert_near(found, [t.double() for t in expected], torch.bfloat16)
+        assert_same(step(shifted, *others), step(x, *others))

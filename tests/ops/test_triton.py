@@ -7,13 +7,16 @@ import random
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
+from cases import assert_near, random_like, run, run_reference
 
 from fmd_timm import dynamic_conv2d
-from fmd_timm.ops import operator, reference, triton_checked
-from fmd_timm.ops.case import Attention, case_of
+from fmd_timm.ops import operator, triton_checked
+from fmd_timm.ops.case import Attention
 from fmd_timm.ops.triton_checked import TritonConv
 
 pytest.importorskip('triton')
@@ -79,54 +82,22 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_mix, 'SAMPLES', 2)
 
 
-def pair(value):
-    return value if isinstance(value, tuple) else (value, value)
+def make_inputs(*shape, **options):
+    return cases.make_inputs(*shape, **options, device=DEVICE)
 
 
-def make_inputs(B, K, I, O, kernel, stride, padding, dilation, size, dtype=torch.float32, weight_dtype=None,
-                without=('tap_attn',)):
-    """x, weight, attention, case"""
-    h, w = pair(kernel)
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(weight_dtype or dtype)
-
-    gates = dict(
-        kernel_attn=normal(B, K).softmax(1), in_attn=normal(B, I).sigmoid(), out_attn=normal(B, O).sigmoid(),
-        tap_attn=normal(B, h * w).sigmoid())
-    attention = Attention(**{name: None if name in without else gate.to(DEVICE) for name, gate in gates.items()})
-    x, weight = normal(B, I, *size).to(DEVICE, dtype), normal(K * O, I, h, w).to(DEVICE)
-    return x, weight, attention, case_of(x, weight, attention, *map(pair, (stride, padding, dilation)), 1)
-
-
-def run(x, weight, attention, case, grad_y=None, channels=64):
-    """The result and the gradients, by name, in Triton; and the gradient of the result."""
+def in_triton(channels=64):
+    """The algorithm, unchecked."""
     from fmd_timm.ops import triton_conv
-    y = triton_conv.forward(x, weight, attention, case, channels)
-    grad_y = random_like(y) if grad_y is None else grad_y
-    grad_x, grad_weight, gradients = triton_conv.backward(grad_y, x, weight, attention, case, channels)
-    return dict(y=y, x=grad_x, weight=grad_weight, **gradients._asdict()), grad_y
+    return SimpleNamespace(
+        forward=lambda *inputs: triton_conv.forward(*inputs, channels),
+        backward=lambda *inputs: triton_conv.backward(*inputs, channels))
 
 
-def random_like(y):
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-
-
-def check(x, weight, attention, case, channels=64, grad_y=None):
-    results, grad_y = run(x, weight, attention, case, grad_y, channels)
-    exact = x.double(), weight.double(), Attention(*(t if t is None else t.double() for t in attention))
-    grad_x, grad_weight, gradients = reference.backward(grad_y.double(), *exact, case)
-    expected = dict(y=reference.forward(*exact, case), x=grad_x, weight=grad_weight, **gradients._asdict())
-    for name, value in expected.items():
-        got = results[name]
-        if value is None:
-            assert got is None, name
-            continue
-        assert got.shape == value.shape, name
-        error, size = (got.double() - value).norm(), value.norm()  # 0 if all taps see padding alone
-        assert error <= TOLERANCES[case.dtype] * size, f'{name} is off by {error / size:.1e}'  # NaN too fails
-    assert results['y'].dtype == results['x'].dtype == case.dtype
+def check(*inputs, channels=64):
+    found, case = run(in_triton(channels), *inputs), inputs[3]
+    assert_near(found, run_reference(*inputs), TOLERANCES[case.dtype])
+    assert found['y'].dtype == found['x'].dtype == case.dtype
 
 
 @runs_kernels
@@ -147,10 +118,7 @@ def test_half_precision(case, dtype, weight_dtype, small_tiles):
 @runs_kernels
 @pytest.mark.parametrize('without', [Attention._fields, ('in_attn', 'tap_attn'), ('out_attn',)], ids='-'.join)
 def test_each_factor_may_be_missing(without, small_tiles):
-    shape = list(CASES['3x3_stride'])
-    if 'kernel_attn' in without:
-        shape[1] = 1
-    check(*make_inputs(*shape, without=without))
+    check(*make_inputs(*CASES['3x3_stride'], without=without))
 
 
 @runs_kernels
@@ -165,32 +133,32 @@ def test_closed_gates_have_a_gradient(small_tiles):
 @runs_kernels
 def test_any_strides_and_any_address_give_the_same_numbers(small_tiles):
     x, weight, attention, case = make_inputs(*CASES['3x3_stride'])
-    expected, grad_y = run(x, weight, attention, case)
+    expected = run(in_triton(), x, weight, attention, case)
     assert expected['y'].is_contiguous(memory_format=torch.channels_last)
+    grad_y = random_like(expected['y'])
     for change in (
             lambda t: t.contiguous(memory_format=torch.channels_last),
             lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
             lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),  # not a multiple of 16
     ):
-        results, _ = run(change(x), change(weight), attention, case, change(grad_y))
-        for name in set(expected) - {'tap_attn'}:
-            torch.testing.assert_close(results[name], expected[name])
+        found = run(in_triton(), change(x), change(weight), attention, case, change(grad_y))
+        assert_near(found, expected, TOLERANCES[torch.float32])
 
 
 @runs_kernels
 def test_an_image_does_not_depend_on_its_batch(small_tiles):
     x, weight, attention, case = make_inputs(*CASES['3x3'])
-    together, grad_y = run(x, weight, attention, case)
+    together = run(in_triton(), x, weight, attention, case)
     one = Attention(*(None if t is None else t[1:2] for t in attention))
-    alone, _ = run(x[1:2], weight, one, case._replace(batch=1), grad_y[1:2])
-    for name in set(alone) - {'weight', 'tap_attn'}:
-        torch.testing.assert_close(alone[name], together[name][1:2])
+    alone = run(in_triton(), x[1:2], weight, one, case._replace(batch=1), random_like(together['y'])[1:2])
+    del alone['weight']
+    assert_near(alone, {name: None if t is None else t[1:2] for name, t in together.items()}, TOLERANCES[torch.float32])
 
 
 @runs_kernels
 def test_results_repeat_bit_for_bit(small_tiles):
     inputs = make_inputs(*CASES['3x3'], dtype=torch.bfloat16)
-    (first, _), (second, _) = run(*inputs), run(*inputs)
+    first, second = run(in_triton(), *inputs), run(in_triton(), *inputs)
     for name in set(first) - {'tap_attn'}:
         assert torch.equal(first[name], second[name]), name
 
@@ -202,7 +170,7 @@ def test_the_real_tiles(channels, dtype):
     from fmd_timm.ops import triton_conv
     if (channels, dtype.itemsize) not in triton_conv.TILES:
         pytest.skip('no such tile')
-    check(*make_inputs(3, 3, 40, 136, (1, 3), (1, 2), (0, 1), 1, (12, 13), dtype), channels=channels)
+    check(*make_inputs(3, 3, 40, 136, (1, 3), (1, 2), (0, 1), 1, (12, 13), dtype=dtype), channels=channels)
 
 
 @runs_kernels
