@@ -17,14 +17,13 @@ from timm.layers import BatchNormAct2d, pad_same
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .layers import DynamicConv2d
 from .layers.attention import norm_as_affine
 from .ops import c_conv, dynamic_conv2d, mixed_bias
 from .ops.case import Attention, case_of
 from .ops.fastest import fastest
-from .ops.operator import algorithms, check, convolve
+from .ops.operator import algorithms, check, convolve, is_plain
 
 __all__ = ['prepare_for_inference']
 
@@ -127,11 +126,10 @@ class PreparedConv2d(nn.Module):
         return self._by(algorithm, x, made.layer)
 
     def _is_plain(self, x: Tensor) -> bool:
-        """Whether nothing but the result is wanted: no gradient, no graph, no other dtype, no tensor without memory."""
-        return type(x) is Tensor and x.dtype == self.weight.dtype in (torch.float32, torch.float64) and not (
-            torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu' or x.ndim != 4
-            or x.numel() == 0 or x.requires_grad and torch.is_grad_enabled() or torch.is_autocast_enabled('cpu')
-            or self.weight.is_inference() or is_in_torch_dispatch_mode()
+        """Whether its own ways are open: on the CPU, where changes of the parameters are seen."""
+        return (
+            x.dtype == self.weight.dtype in (torch.float32, torch.float64) and x.device.type == 'cpu' and x.ndim == 4
+            and x.numel() > 0 and is_plain(x, self.weight) and not self.weight.is_inference()
         )
 
     def _by_operator(self, x: Tensor) -> Tensor:

@@ -1,26 +1,25 @@
 """Time dynamic networks against static ones:  python recipes/bench.py [--models resnet18 resnet50] [--layers]
 
 Training steps and inference at 224 px on whatever device there is: timm's static network, ours, ours prepared for
-inference, ours by each algorithm alone ('reference' is the authors' way, a grouped convolution over materialised
-kernels), and the other methods. All take turns in every round, the order reversed each time; a ratio is the median of
-those within the rounds, to the static network in the memory format that is faster. With --layers it times single
-layers by each algorithm instead: what the rules in `fmd_timm/ops` are chosen from.
+inference, ours as the authors compute it (a grouped convolution over the kernels of all images), and the other methods.
+'timed' is with `torch.backends.cudnn.benchmark`, which has each convolution take the algorithm that is fastest here;
+the rest is without. All take turns in every round, the order reversed each time; a ratio is the median of those within
+the rounds, to the static network in the memory format that is faster. With --layers it times single convolutions by
+each algorithm instead.
 
 Writes recipes/results/bench/<device>.json (<device>.layers.json). `--table` prints the README's table from all such
 files and measures nothing.
 """
 import argparse
-import contextlib
 import datetime
 import json
 import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import timm
 import torch
@@ -29,41 +28,19 @@ from _measure import command_line, device_name, git_commit, synchronize, version
 from torch import nn
 from tqdm import tqdm
 
-from fmd_timm import FMDConv2d, dynamic_conv2d, prepare_for_inference
-from fmd_timm.ops import c_conv, cpu, cuda, hybrid, im2col, per_image, per_kernel, reference
+from fmd_timm import DynamicConv2d, prepare_for_inference
+from fmd_timm.ops import c_conv, cpu, im2col, per_image, per_kernel, reference
+from fmd_timm.ops.case import Attention, case_of
+from fmd_timm.ops.operator import algorithms
 
 RESULTS = Path(__file__).parent / 'results' / 'bench'
 IMAGE_SIZE = 224  # pixels
 METHODS = 'fmd', 'od', 'dy', 'cond'
 STATIC = 'static', 'static channels_last'
-CPU_ALGORITHMS = {
-    'reference': reference, 'per_kernel': per_kernel, 'im2col': im2col, 'per_image': per_image, 'hybrid': hybrid,
-    'c_conv': c_conv}
-CUDA_ALGORITHMS = 'reference', 'per_kernel', 'materialised', 'fused'
 WHAT = {  # case of the table -> its label, the variant that it is about
-    'train': ('training step', 'fmd'),
+    'train': ('training step', 'fmd timed'),
     'infer': ('inference', 'fmd prepared'),
 }
-
-
-@contextlib.contextmanager
-def algorithm(device: torch.device, name: str | None) -> Iterator[None]:
-    """All dynamic convolutions by one algorithm, or by the rules."""
-    if name is None:
-        yield
-    elif device.type == 'cuda':
-        with patch.object(cuda, 'choose', lambda *args, **kwargs: name):
-            yield
-    else:
-        with patch.object(cpu, 'choose', lambda **kwargs: CPU_ALGORITHMS[name]):
-            yield
-
-
-def algorithms(device: torch.device, is_forward: bool) -> tuple[str, ...]:
-    if device.type == 'cuda':
-        return CUDA_ALGORITHMS
-    has_native = is_forward and c_conv.is_available()
-    return tuple(name for name in CPU_ALGORITHMS if name != 'c_conv' or has_native)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -87,6 +64,19 @@ def infer(model: nn.Module, images: torch.Tensor) -> None:
         model(images)
 
 
+def as_the_authors(model: nn.Module) -> nn.Module:
+    """Its dynamic convolutions by the reference, differentiated by PyTorch."""
+    def forward(conv: DynamicConv2d, x: torch.Tensor) -> torch.Tensor:
+        attention = Attention(*conv.attention(x))
+        case = case_of(x, conv.weight, attention, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return reference.forward(x, conv.weight, attention, case)
+
+    for module in model.modules():
+        if isinstance(module, DynamicConv2d):
+            module.forward = partial(forward, module)
+    return model
+
+
 def captured(run: Callable[[], None]) -> Callable[[], None]:
     """`run` as a CUDA graph: its launches cost no time of the CPU."""
     stream = torch.cuda.Stream()
@@ -108,24 +98,24 @@ def variants(name: str, mode: str, batch: int, device: torch.device) -> dict[str
     step = train_step if mode == 'train' else infer
     runs = {}
 
-    def add(label: str, model: nn.Module, memory_format=torch.channels_last, by: str | None = None) -> None:
+    def add(label: str, model: nn.Module, memory_format=torch.channels_last, timed: bool = False) -> None:
         model = model.to(device, memory_format=memory_format).train(mode == 'train')
 
         def run() -> None:
-            with algorithm(device, by):
+            with torch.backends.cudnn.flags(enabled=True, benchmark=timed):
                 step(model, of_format[memory_format])
 
         runs[label] = captured(run) if device.type == 'cuda' and mode == 'infer' and batch == 1 else run
 
     add('static', timm.create_model(name), torch.contiguous_format)
     add('static channels_last', timm.create_model(name))
+    add('fmd', timm.create_model(f'{name}_fmd'))
     for method in METHODS:
-        add(method, timm.create_model(f'{name}_{method}'))
+        add(f'{method} timed', timm.create_model(f'{name}_{method}'), timed=True)
     if mode == 'infer':
         add('static prepared', prepare_for_inference(timm.create_model(name)))
         add('fmd prepared', prepare_for_inference(timm.create_model(f'{name}_fmd')))
-    for by in algorithms(device, mode == 'infer'):
-        add(f'fmd by {by}', timm.create_model(f'{name}_fmd'), by=by)
+    add("fmd as the authors'", as_the_authors(timm.create_model(f'{name}_fmd')))
     return runs
 
 
@@ -193,7 +183,7 @@ def layers_of(name: str) -> list[dict]:
     """The different dynamic convolutions of a network, with the pixels of their input and how often they occur."""
     found = {}
 
-    def note(conv: FMDConv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    def note(conv: DynamicConv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         layer = dict(
             in_channels=conv.in_channels, out_channels=conv.out_channels, kernel=conv.kernel_size[0],
             stride=conv.stride[0], pixels=inputs[0].shape[-1])
@@ -202,37 +192,40 @@ def layers_of(name: str) -> list[dict]:
 
     model = timm.create_model(f'{name}_fmd', device='meta')
     for module in model.modules():
-        if isinstance(module, FMDConv2d):
+        if isinstance(module, DynamicConv2d):
             module.register_forward_hook(note)
     model(torch.empty(2, 3, IMAGE_SIZE, IMAGE_SIZE, device='meta'))
     return list(found.values())
 
 
 def layer_variants(layer: dict, mode: str, batch: int, device: torch.device) -> dict[str, Callable[[], None]]:
-    """A static convolution and the dynamic one by each algorithm; 'backward' is forward and backward together."""
+    """A static convolution, and the dynamic one by each algorithm, those of the device's order first."""
     I, O, kernel, K = layer['in_channels'], layer['out_channels'], layer['kernel'], 4
     dtype = torch.bfloat16 if device.type == 'cuda' else torch.float32
     make = partial(torch.randn, device=device)
     x = make(batch, I, layer['pixels'], layer['pixels']).to(dtype, memory_format=torch.channels_last)
     weight = make(K * O, I, kernel, kernel).to(memory_format=torch.channels_last)
-    attention = make(batch, K).softmax(1), make(batch, I).sigmoid(), make(batch, O).sigmoid()
-    conv_args = dict(stride=layer['stride'], padding=kernel // 2)
+    attention = Attention(make(batch, K).softmax(1), make(batch, I).sigmoid(), make(batch, O).sigmoid())
+    pairs = [(number, number) for number in (layer['stride'], kernel // 2, 1)]
     one_kernel = weight[:O].to(dtype, memory_format=torch.channels_last)
+    case = case_of(x, weight, attention, *pairs, 1)
+    grad_y = make(batch, O, *case.output_size).to(dtype, memory_format=torch.channels_last)
 
-    def run(convolve: Callable[..., torch.Tensor], *tensors: torch.Tensor, by: str | None = None) -> None:
-        if mode == 'backward':
-            tensors = [t.detach().requires_grad_() for t in tensors]
-        with algorithm(device, by), torch.set_grad_enabled(mode == 'backward'):
-            y = convolve(*tensors, **conv_args)
-            if mode == 'backward':
-                torch.autograd.grad(y, tensors, grad_y)
+    def static() -> None:
+        if mode == 'forward':
+            F.conv2d(x, one_kernel, None, *pairs)
+        else:
+            torch.ops.aten.convolution_backward(
+                grad_y, x, one_kernel, None, *pairs, False, [0, 0], 1, [True, True, False])
 
-    with torch.no_grad():
-        grad_y = torch.randn_like(F.conv2d(x, one_kernel, **conv_args))
-    dynamic = {
-        by: partial(run, dynamic_conv2d, x, weight, *attention, by=by)
-        for by in algorithms(device, mode == 'forward')}
-    return dict(static=partial(run, F.conv2d, x, one_kernel), **dynamic)
+    def dynamic(algorithm) -> None:
+        arguments = (x, weight, attention, case) if mode == 'forward' else (grad_y, x, weight, attention, case)
+        getattr(algorithm, mode)(*arguments)
+
+    ordered = algorithms(mode, case)
+    others = [reference, per_kernel, im2col, per_image, *([cpu.both, c_conv] if device.type == 'cpu' else [])]
+    tried = [*ordered, *(a for a in others if a not in ordered and hasattr(a, mode) and a.supports(case))]
+    return dict(static=static, **{a.__name__.rpartition('.')[2]: partial(dynamic, a) for a in tried})
 
 
 def bench_layers(models: list[str], device: torch.device, rounds: int) -> list[dict]:
@@ -261,8 +254,8 @@ def make_table() -> str:
         lines += [
             f'{record["device"]}, {record["precision"]}, torch {record["versions"]["torch"]}, '
             f'median of {record["rounds"]} rounds:', '',
-            '| | static | **FMDConv** | FMDConv, grouped convolutions | ODConv | DyConv | CondConv |',
-            '|---|---|---|---|---|---|---|',
+            "| | static | **FMDConv** | not timed | as the authors' | ODConv | DyConv | CondConv |",
+            '|---|---|---|---|---|---|---|---|',
         ]
         for case in record['cases']:
             mode, chosen = WHAT[case['mode']]
@@ -271,7 +264,7 @@ def make_table() -> str:
             threads = f', {case["threads"]} thread{"s" * (case["threads"] > 1)}' if case['threads'] else ''
             ratios = ' | '.join(
                 f'{"**" * (run == chosen)}{ratio(times, run):.2f}{"**" * (run == chosen)}'
-                for run in (chosen, 'fmd by reference', 'od', 'dy', 'cond'))
+                for run in (chosen, 'fmd', "fmd as the authors'", 'od timed', 'dy timed', 'cond timed'))
             lines.append(f'| {case["model"]}, {mode}, batch {case["batch"]}{threads} | {static:.1f} ms | {ratios} |')
         lines.append('')
     return '\n'.join(lines).strip()
@@ -294,7 +287,6 @@ def main() -> None:
         raise SystemExit(f'--models must have dynamic forms ({", ".join(METHODS)}), got {", ".join(missing)}')
 
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     measured = (bench_layers if args.layers else bench_networks)(args.models, device, args.rounds)
     record = dict(
         what='layers' if args.layers else 'networks', device=device_name(device), device_type=device.type,

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fmd_timm import (
     CondConv2d,
@@ -316,3 +317,73 @@ def test_features_of_a_prepared_network():
     with torch.no_grad():
         for feature, expected in zip(prepare_for_inference(model)(x), model(x), strict=True):
             torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('change', ['copy_', 'data', 'mul_', 'attention'])
+def test_weights_changed_or_moved_after_use_are_seen(change, way):
+    model, other = make_model(), randomize(make_model(num_kernels=4))
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    prepared, theirs = prepare_for_inference(model), prepare_for_inference(other)
+    assert_same(prepared, model, make_images(1))
+    with torch.no_grad():
+        for (name, mine), new in zip(prepared.named_parameters(), theirs.parameters()):
+            if change == 'data':
+                mine.data = new.data.clone()
+            elif change == 'mul_':
+                mine.mul_(0).add_(new)
+            elif change == 'copy_' or 'attention' not in name:
+                mine.copy_(new)
+            else:
+                prepared.get_submodule(name.rpartition('.')[0])._parameters[name.rpartition('.')[2]] = new
+    assert_same(prepared, theirs, make_images(1))
+
+
+def test_a_single_layer_can_be_prepared():
+    layer = FMDConv2d(8, 8, 3, padding=1).eval()
+    assert_same(prepare_for_inference(layer), layer, torch.randn(2, 8, 6, 6))
+
+
+def test_an_image_smaller_than_the_kernel_is_refused():
+    prepared = prepare_for_inference(FMDConv2d(16, 32, 5, bias=False).eval())
+    with torch.no_grad(), pytest.raises(ValueError, match='x of 2x2 pixels with .* smaller than a kernel of 5x5'):
+        prepared(torch.randn(1, 16, 2, 2))
+
+
+def test_a_quantized_network_is_refused_by_the_name_of_the_layer():
+    model = torch.ao.quantization.quantize_dynamic(make_model(), {nn.Linear})
+    with pytest.raises(ValueError, match='layer1.0.conv1: .*prepare the network before it is quantized'):
+        prepare_for_inference(model)
+
+
+def test_scripting_a_prepared_network_says_what_works():
+    with pytest.raises(NotImplementedError, match='can not be scripted: use torch.jit.trace or torch.export'):
+        torch.jit.script(prepare_for_inference(make_model()))
+
+
+def test_an_example_is_timed_at_once(monkeypatch):
+    timed = []
+
+    def fastest(question, case, algorithms, run, may_time):
+        timed.append(may_time)
+        return algorithms[0]
+
+    monkeypatch.setattr(inference, 'fastest', fastest)
+    model = make_model()
+    prepared = prepare_for_inference(model, example_input=make_images(1))
+    assert timed == [True] * 16
+    assert_same(prepared, model, make_images(1))
+    assert len(timed) == 16
+    for size in range(64, 64 + 32 * 10, 32):
+        assert_same(prepared, model, make_images(1, size))
+    assert timed.count(True) == 16 * inference.TIMED_SIZES  # images of other sizes are not held up
+
+
+def test_arithmetic_of_a_prepared_network_is_counted():
+    model = make_model()
+    counts = []
+    for network in model, prepare_for_inference(model):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(make_images(1))
+        counts.append(counter.get_total_flops())
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)  # without the attention's last few additions

@@ -51,17 +51,18 @@ def dynamic_conv2d(
     Raises:
         ValueError: An argument is of the wrong shape, dtype, device or range; the message names it.
     """
-    if not torch.jit.is_scripting():
-        for name, value in dict(stride=stride, padding=padding, dilation=dilation).items():
-            if not isinstance(value, int) and len(value) != 2:
-                raise ValueError(f'{name} must be one number or two, got {value}')
+    s, p, d = _pair(stride), _pair(padding), _pair(dilation)
+    if torch.jit.is_scripting():
+        y = torch.ops.fmd_timm.dynamic_conv2d(
+            x, weight, kernel_attn, in_attn, out_attn, tap_attn, s, p, d, groups)
+    else:
         if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
             rows = tuple(weight.shape[:1])
             raise ValueError(f'bias must have shape {rows}, got {tuple(bias.shape)}; and be float, got {bias.dtype}')
         if isinstance(x, Tensor) and _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = torch.ops.fmd_timm.dynamic_conv2d(
-        x, weight, kernel_attn, in_attn, out_attn, tap_attn, _pair(stride), _pair(padding), _pair(dilation), groups)
+        run = operator.forward if operator.is_plain(x, weight) else torch.ops.fmd_timm.dynamic_conv2d
+        y = run(x, weight, kernel_attn, in_attn, out_attn, tap_attn, s, p, d, groups)
     if bias is None:
         return y
     return y + mixed_bias(bias, kernel_attn, out_attn).to(y.dtype)[:, :, None, None]
@@ -76,7 +77,11 @@ def mixed_bias(bias: Tensor, kernel_attn: Tensor | None, out_attn: Tensor | None
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f'stride, padding and dilation must each be one number or two, got {value}')
+    return value[0], value[1]
 
 
 def _autocasts(x: Tensor) -> bool:

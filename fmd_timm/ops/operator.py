@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, cuda, reference
@@ -45,8 +46,8 @@ def check(x: Tensor, weight: Tensor, attention: Attention, stride, padding, dila
         if t.layout != torch.strided:
             raise ValueError(f'{name} must be a strided tensor, got {t.layout}')
     for name, pair, least in ('stride', stride, 1), ('padding', padding, 0), ('dilation', dilation, 1):
-        if len(pair) != 2 or pair[0] < least or pair[1] < least:
-            raise ValueError(f'{name} must be two numbers of at least {least}, got {tuple(pair)}')
+        if len(pair) != 2 or not all(least <= number < 2**31 for number in pair):  # products of two fit 64 bits
+            raise ValueError(f'{name} must be two numbers from {least} to 2**31 - 1, got {tuple(pair)}')
     if groups < 1:
         raise ValueError(f'groups must be at least 1, got {groups}')
     if x.ndim != 4 or min(x.shape[1:]) < 1:
@@ -76,6 +77,18 @@ def check(x: Tensor, weight: Tensor, attention: Attention, stride, padding, dila
 def _result_size(x, weight, kernel_attn, stride, padding, dilation) -> tuple[int, int, int, int]:
     height, width = map(output_size, x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return x.shape[0], weight.shape[0] // (1 if kernel_attn is None else kernel_attn.shape[1]), height, width
+
+
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing but the result is wanted: no gradient, no graph, no other dtype, no tensor without memory.
+
+    Then the operator can be left out: PyTorch's dispatcher takes as long as a small convolution.
+    """
+    return type(x) is Tensor and isinstance(weight, Tensor) and not (
+        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) or torch.compiler.is_compiling()
+        or torch.jit.is_tracing() or x.is_meta or torch.is_autocast_enabled(x.device.type)
+        or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+    )
 
 
 def convolve(
@@ -114,14 +127,18 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-@torch.library.custom_op('fmd_timm::dynamic_conv2d', mutates_args=(), schema=f'({ARGUMENTS}) -> Tensor')
-def _forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, *conv_args):
+def forward(x, weight, kernel_attn, in_attn, out_attn, tap_attn, *conv_args) -> Tensor:
+    """The operator without the dispatcher, where `is_plain`."""
     attention = Attention(kernel_attn, in_attn, out_attn, tap_attn)
     check(x, weight, attention, *conv_args)
     if x.shape[0] == 0:
         return _empty_result(x, weight, kernel_attn, conv_args)
     with _without_autocast(x):
         return convolve(x, weight, attention, *conv_args)
+
+
+_forward = torch.library.custom_op(
+    'fmd_timm::dynamic_conv2d', forward, mutates_args=(), schema=f'({ARGUMENTS}) -> Tensor')
 
 
 @_forward.register_fake
