@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .layers import DynamicConv2d
-from .layers.attention import norm_as_affine
+from .layers.folded import norm_as_affine
 from .ops import c_conv, dynamic_conv2d, mixed_bias
 from .ops.case import Attention, case_of
 from .ops.fastest import fastest

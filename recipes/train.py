@@ -58,8 +58,8 @@ from tqdm import tqdm
 from fmd_timm import DynamicConv2d, set_temperature
 from fmd_timm.hub import save_for_hub
 from fmd_timm.inflate import inflate_state_dict
+from fmd_timm.layers import annealed_temperature
 from fmd_timm.model_card import results_table
-from fmd_timm.schedule import annealed_temperature
 from fmd_timm.scores import ies, ies_infer, rcs, rcs_infer
 
 INFLATED = 'inflated:'  # prefix of --init

@@ -31,7 +31,7 @@ from transformers import (
 
 from fmd_timm import DynamicConv2d, set_temperature
 from fmd_timm.hub import save_for_hub
-from fmd_timm.schedule import annealed_temperature
+from fmd_timm.layers import annealed_temperature
 
 pytestmark = [
     pytest.mark.consumers,

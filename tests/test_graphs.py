@@ -4,15 +4,17 @@
 of 64x64 pixels, the first stage sees 16x16 pixels and the last ones 8x8 and less.
 """
 import io
+import pickle
 import shutil
 
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 from timm.models import create_feature_extractor, is_notrace_module
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fmd_timm import FMDConv2d, set_temperature
+from fmd_timm import FMDConv2d, make_dynamic, set_temperature
 
 NETWORKS = {
     'basic': ('resnet18_fmd', {}),
@@ -23,9 +25,8 @@ NETWORKS = {
 pytestmark = pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning', 'ignore:.torch.jit:DeprecationWarning')
 
 
-def make_network(kind):
+def make_network(name='resnet18_fmd', **args):
     """A narrow network whose residual branches have an effect, with statistics that are not the initial ones."""
-    name, args = NETWORKS[kind]
     torch.manual_seed(0)
     model = timm.create_model(
         name, channels=(8, 8, 8, 16), layers=(2, 1, 1, 1), num_classes=5, zero_init_last=False, **args)
@@ -35,7 +36,8 @@ def make_network(kind):
 
 @pytest.fixture(params=NETWORKS)
 def model(request):
-    return make_network(request.param)
+    name, args = NETWORKS[request.param]
+    return make_network(name, **args)
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +83,42 @@ def test_script_follows_the_temperature_of_its_model(model):
     assert not torch.allclose(scripted(x), cold)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('name', ['resnet18_cond', 'resnet18_dy', 'resnet18_od', 'resnet18_fmd'])
+def test_evaluated_network_can_be_traced_by_torch_fx(name, dtype):
+    model = make_network(name).to(dtype)
+    graph = torch.fx.symbolic_trace(model)
+    for traced in graph, pickle.loads(pickle.dumps(graph)):
+        for batch, size in (1, 32), (3, 64):
+            x = torch.randn(batch, 3, size, size, dtype=dtype)
+            assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.parametrize('args', [dict(num_kernels=1), dict(bias=True), dict(num_kernels=3)], ids=str)
+@pytest.mark.parametrize('name', ['test_resnet', 'mobilenetv3_small_050'])
+def test_network_made_dynamic_can_be_traced_by_torch_fx(name, args):
+    model = timm.create_model(name)
+    make_dynamic(model.eval(), **args)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_layer_that_pads_as_tensorflow_can_be_traced_by_torch_fx():
+    conv = FMDConv2d.like(Conv2dSame(4, 6, 3, stride=2)).eval()
+    graph = torch.fx.symbolic_trace(conv)
+    for size in 8, 9:
+        x = torch.randn(2, 4, size, size)
+        assert torch.equal(graph(x), conv(x))
+
+
+def test_graph_of_torch_fx_follows_the_temperature_of_its_model():
+    model, x = make_network(), torch.randn(2, 3, 64, 64)
+    graph = torch.fx.symbolic_trace(model)
+    cold = graph(x)
+    set_temperature(model, kernel=30.0, gate=5.0)
+    assert torch.equal(graph(x), model(x)) and not torch.allclose(graph(x), cold)
+
+
 class LeafTracer(torch.fx.Tracer):
     def is_leaf_module(self, module, name):
         return is_notrace_module(type(module)) or super().is_leaf_module(module, name)
@@ -108,7 +146,7 @@ def test_feature_extractor_of_timm_finds_the_same_features(model):
 
 
 def test_network_compiles_once_for_several_images_and_once_for_one():
-    model, counter = make_network('basic').double().train(), CompileCounterWithBackend('eager')
+    model, counter = make_network().double().train(), CompileCounterWithBackend('eager')
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for batch in 2, 3, 5, 1, 4:
         x = torch.randn(batch, 3, 64, 64, dtype=torch.float64)

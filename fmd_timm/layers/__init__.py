@@ -1,15 +1,16 @@
-from .attention import (
-    CondConvAttention,
-    DyConvAttention,
-    DynamicAttention,
-    FMDAttention,
-    ODConvAttention,
-    set_temperature,
-)
+from .attention import DynamicAttention
+from .cond_conv import CondConv2d, CondConvAttention
 from .convert import make_dynamic
-from .dynamic_conv import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
+from .dy_conv import DyConv2d, DyConvAttention
+from .dynamic_conv import DynamicConv2d
+from .fmd_conv import FMDAttention, FMDConv2d
+from .od_conv import ODConv2d, ODConvAttention
+from .temperature import annealed_temperature, set_temperature
+
+METHODS = {layer.suffix: layer for layer in (CondConv2d, DyConv2d, ODConv2d, FMDConv2d)}
 
 __all__ = [
-    'CondConv2d', 'CondConvAttention', 'DyConv2d', 'DyConvAttention', 'DynamicAttention', 'DynamicConv2d',
-    'FMDAttention', 'FMDConv2d', 'ODConv2d', 'ODConvAttention', 'make_dynamic', 'set_temperature',
+    'METHODS', 'CondConv2d', 'CondConvAttention', 'DyConv2d', 'DyConvAttention', 'DynamicAttention', 'DynamicConv2d',
+    'FMDAttention', 'FMDConv2d', 'ODConv2d', 'ODConvAttention', 'annealed_temperature', 'make_dynamic',
+    'set_temperature',
 ]

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch.nn as nn
 
-from .dynamic_conv import DynamicConv2d, FMDConv2d
+from .dynamic_conv import DynamicConv2d
+from .fmd_conv import FMDConv2d
 
 __all__ = ['make_dynamic']
 
@@ -25,6 +26,8 @@ def make_dynamic(
     Unless `filter_fn` says which, those of the blocks are swapped, as the papers do in ResNets and MobileNets: 1x1,
     depthwise, grouped or full. Those that read the image, stems, downsampling and shortcuts between the blocks,
     squeeze-and-excitation and other attention, and heads stay static.
+
+    Forward hooks of a convolution, with which some of timm's networks return their features, stay in its place.
 
     To keep what a trained network has learned, use `fmd_timm.inflate`, which returns a dynamic copy of it.
 
@@ -66,6 +69,10 @@ def make_dynamic(
             except ValueError as error:
                 raise ValueError(f'{name} of {type(model).__name__}: {error}') from error
             dynamic[conv].train(conv.training)
+            for hook in conv._forward_pre_hooks.values():  # as torch.ao.quantization does where it swaps modules
+                dynamic[conv].register_forward_pre_hook(hook)
+            for hook in conv._forward_hooks.values():
+                dynamic[conv].register_forward_hook(hook)
     for name in chosen:
         parent, _, key = name.rpartition('.')
         setattr(model.get_submodule(parent), key, dynamic[convs[name]])

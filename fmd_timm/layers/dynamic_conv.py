@@ -1,15 +1,18 @@
-"""Dynamic convolutions as layers: a bank of K kernels, an attention that says how to mix them, one operator."""
+"""The layer of all dynamic convolutions: K kernels, an attention that says how to mix them, one operator."""
 
 import torch
 import torch.nn as nn
 from timm.layers import Conv2dSame, pad_same, to_2tuple
-from timm.models import register_notrace_module
 from torch import Tensor
 
 from ..ops import dynamic_conv2d
-from .attention import CondConvAttention, DyConvAttention, DynamicAttention, FMDAttention, ODConvAttention
+from .attention import DynamicAttention
 
-__all__ = ['CondConv2d', 'DyConv2d', 'DynamicConv2d', 'FMDConv2d', 'ODConv2d']
+__all__ = ['DynamicConv2d']
+
+# They check the sizes of the images, which torch.fx can't know: it records the calls.
+torch.fx.wrap('dynamic_conv2d')
+torch.fx.wrap('pad_same')
 
 
 def _explicit_padding(
@@ -37,6 +40,9 @@ class DynamicConv2d(nn.Module):
     `FMDConv2d`. The operator is `fmd_timm.dynamic_conv2d`. (B, C_in, H, W) -> (B, C_out, H', W') in the dtype of the
     input.
 
+    timm's torch.fx extraction goes by the class: each method registers its own as a leaf, because the attention depends
+    on the batch.
+
     The K kernels are one parameter `weight` (K * C_out, C_in / groups, kh, kw), kernel k in rows k * C_out and on, and
     the biases `bias` (K * C_out,): four dimensions, so that `model.to(memory_format=torch.channels_last)` works.
 
@@ -55,6 +61,9 @@ class DynamicConv2d(nn.Module):
     Raises:
         ValueError: A size is below 1, or groups does not divide the channels.
     """
+    method: str  # what papers and cards call it
+    suffix: str  # of the names of its models
+    arxiv: str  # number of its paper
     attention_layer: type[DynamicAttention]
 
     def __init__(
@@ -150,45 +159,3 @@ class DynamicConv2d(nn.Module):
             f'padding={padding}, dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}, '
             f'num_kernels={self.num_kernels}'
         )
-
-
-# The attention depends on the batch, so each form is a leaf for timm's torch.fx extraction, which goes by the class.
-
-@register_notrace_module
-class CondConv2d(DynamicConv2d):
-    """CondConv (arXiv 1904.04971): the kernels' shares are sigmoids of a linear map, see `CondConvAttention`.
-
-    Args: those of `DynamicConv2d`. The paper has K = 8 kernels; the default is 4 as in the other methods.
-    """
-    attention_layer = CondConvAttention
-
-
-@register_notrace_module
-class DyConv2d(DynamicConv2d):
-    """Dynamic Convolution (arXiv 1912.03458): a softmax with a temperature over the kernels, see `DyConvAttention`.
-
-    Args: those of `DynamicConv2d` (K = 4 as in the paper), and `kernel_ratio`, the hidden layer's width as a share of
-    C_in (1/4 as in the paper). The paper trains with temperature 30, lowered to 1 in the first 10 epochs.
-    """
-    attention_layer = DyConvAttention
-
-
-@register_notrace_module
-class ODConv2d(DynamicConv2d):
-    """ODConv (ICLR 2022): attention over kernels, input and output channels and kernel taps, see `ODConvAttention`.
-
-    Args: those of `DynamicConv2d` (K = 4 is the authors' "4x"), and `reduction`, the hidden layer's width as a share of
-    C_in, at least 16 (1/16 as in the paper).
-    """
-    attention_layer = ODConvAttention
-
-
-@register_notrace_module
-class FMDConv2d(DynamicConv2d):
-    """FMDConv (arXiv 2503.17530): attention over kernels, input and output channels, see `FMDAttention`.
-
-    Args: those of `DynamicConv2d` (K = 4 as in the paper), `reduction`, the width of the gates' hidden layer as a share
-    of C_in, at least 16 (1/16 as in the paper), and `kernel_ratio`, the same of the kernel attention's hidden layer,
-    int(C_in * kernel_ratio) + 1 (1/4 as in the paper).
-    """
-    attention_layer = FMDAttention

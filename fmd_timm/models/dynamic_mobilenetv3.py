@@ -79,25 +79,33 @@ def _cfg(**kwargs) -> dict:
     }
 
 
-default_cfgs = generate_default_cfgs(with_published_tags({
-    **inflated_cfgs(
-        'mobilenetv3_small_100_dy', _cfg(paper_ids='arXiv:1912.03458'), 'mobilenetv3_small_100', ['lamb_in1k']),
-    **inflated_cfgs(
-        'mobilenetv3_small_100_fmd', _cfg(paper_ids='arXiv:2503.17530'), 'mobilenetv3_small_100', ['lamb_in1k']),
-}))
+_cfgs = {}
+for _method in DyConv2d, FMDConv2d:
+    _cfgs |= inflated_cfgs(
+        f'mobilenetv3_small_100_{_method.suffix}', _cfg(paper_ids=f'arXiv:{_method.arxiv}'), 'mobilenetv3_small_100',
+        ['lamb_in1k'])
+default_cfgs = generate_default_cfgs(with_published_tags(_cfgs))
 
 
-def _mobilenetv3_small_100(variant: str, pretrained: bool, features_only: bool = False, **kwargs) -> nn.Module:
-    # the architecture of timm's _gen_mobilenet_v3, which can't be given a class
+def _mobilenetv3_small_100(
+        variant: str,
+        pretrained: bool,
+        features_only: bool = False,
+        depth_multiplier: float = 1.0,
+        group_size: int | None = None,
+        **kwargs,
+) -> nn.Module:
+    # the architecture and the arguments of timm's _gen_mobilenet_v3, which can't be given a class
+    blocks = decode_arch_def([
+        ['ds_r1_k3_s2_e1_c16_se0.25_nre'],
+        ['ir_r1_k3_s2_e4.5_c24_nre', 'ir_r1_k3_s1_e3.67_c24_nre'],
+        ['ir_r1_k5_s2_e4_c40_se0.25', 'ir_r2_k5_s1_e6_c40_se0.25'],
+        ['ir_r2_k5_s1_e3_c48_se0.25'],
+        ['ir_r3_k5_s2_e6_c96_se0.25'],
+        ['cn_r1_k1_s1_c576'],
+    ], depth_multiplier=depth_multiplier, group_size=group_size)
     model_args = dict(
-        block_args=decode_arch_def([
-            ['ds_r1_k3_s2_e1_c16_se0.25_nre'],
-            ['ir_r1_k3_s2_e4.5_c24_nre', 'ir_r1_k3_s1_e3.67_c24_nre'],
-            ['ir_r1_k5_s2_e4_c40_se0.25', 'ir_r2_k5_s1_e6_c40_se0.25'],
-            ['ir_r2_k5_s1_e3_c48_se0.25'],
-            ['ir_r3_k5_s2_e6_c96_se0.25'],
-            ['cn_r1_k1_s1_c576'],
-        ]),
+        block_args=blocks,
         num_features=1024,
         stem_size=16,
         round_chs_fn=round_channels,

@@ -6,6 +6,7 @@ they in the networks of the methods it is compared with, `_cond`, `_dy` and `_od
 """
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..layers import CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
+from ..layers import METHODS, CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
 from ._pretrained import build_model, inflated_cfgs, with_published_tags
 from .cifar_resnet import CifarResNet, cifar_cfg
 
@@ -51,6 +52,7 @@ class DynamicResNet(ResNet):
         kernel_ratio: Width of the kernel attention's hidden layer (DyConv, FMDConv); None is the method's own.
         conv_bias: Give the dynamic convolutions a bias, as FMDConv's authors do (the BatchNorm behind each
             convolution makes it nearly redundant, so ours have none).
+        block_args: Arguments of the blocks, such as `attn_layer`.
         **kwargs: Arguments of timm's ResNet.
 
     Raises:
@@ -66,13 +68,14 @@ class DynamicResNet(ResNet):
             reduction: float | None = None,
             kernel_ratio: float | None = None,
             conv_bias: bool = False,
+            block_args: dict[str, Any] | None = None,
             **kwargs,
     ):
         widths = {} if reduction is None else dict(reduction=reduction)
         if kernel_ratio is not None:
             widths['kernel_ratio'] = kernel_ratio
         conv_like = partial(conv_layer.like, num_kernels=num_kernels, bias=conv_bias, **widths)
-        super().__init__(block, *args, block_args=dict(conv_like=conv_like), **kwargs)
+        super().__init__(block, *args, block_args=dict(block_args or {}, conv_like=conv_like), **kwargs)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
@@ -91,11 +94,6 @@ class CifarDynamicResNet(CifarResNet, DynamicResNet):
     """`DynamicResNet` with the stem and the arguments of `CifarResNet`."""
 
 
-PAPERS = {  # by the suffix of the models
-    'cond': 'arXiv:1904.04971', 'dy': 'arXiv:1912.03458', 'od': 'arXiv:2209.07947', 'fmd': 'arXiv:2503.17530',
-}
-
-
 def _cfg(**kwargs) -> dict:
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -111,8 +109,8 @@ STATIC_TAGS = ['a1_in1k', 'fb_swsl_ig1b_ft_in1k']
 
 _cfgs = {}
 for _depth in 'resnet18', 'resnet50':
-    for _method, _paper in PAPERS.items():
-        _name = f'{_depth}_{_method}'
+    for _method in METHODS.values():
+        _name, _paper = f'{_depth}_{_method.suffix}', f'arXiv:{_method.arxiv}'
         _cfgs |= inflated_cfgs(_name, _cfg(paper_ids=_paper), _depth, STATIC_TAGS)
         _cfgs[f'{_name}_cifar'] = cifar_cfg(paper_ids=_paper)
 default_cfgs = generate_default_cfgs(with_published_tags(_cfgs))

@@ -1,111 +1,75 @@
-"""Dynamic convolution on the CPU in C; of a single image in a prepared network together with its attention.
+"""Dynamic convolution on the CPU in C; in a prepared network together with its attention.
 
 A single image pays for reading K kernels where a static convolution reads one, and matrix products by PyTorch can't do
 anything else meanwhile. `c_conv.c` fetches the next kernels while it multiplies by the last ones. Images of a batch pay
-for mixing: here it goes from cache to cache, and nothing but the result is written to memory. It is compiled for this
-machine, by its own C compiler, when it is first needed, and kept in the user's cache folder ($XDG_CACHE_HOME/fmd_timm,
-by default ~/.cache/fmd_timm); where that is not possible, PyTorch does the same.
+for mixing: here it goes from cache to cache, and nothing but the result is written to memory. `c_library.py` compiles
+it; where that is not possible, other algorithms do the same. There is no backward pass in C.
 """
 import contextlib
-import ctypes
-import hashlib
-import logging
 import math
 import mmap
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable
-from functools import cache, lru_cache
-from pathlib import Path
+from ctypes import addressof
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Layer', 'forward', 'is_available', 'takes']
+from .c_library import Call, Conv, Linear, Maps, library
+from .cache import cache_bytes
+from .case import Attention, Case, output_size
 
-_logger = logging.getLogger(__name__)
+__all__ = ['Layer', 'forward', 'is_available', 'supports', 'takes']
 
-SOURCE = Path(__file__).with_suffix('.c')
-FLAGS = '-O3', '-march=native', '-std=gnu11', '-fPIC', '-shared', '-fopenmp'  # PyTorch's own libgomp, loaded already
-LIBRARIES = '-lm',
-O_BLOCK, WIDTH = 32, 16  # output channels of a block and the widest vector of c_conv.c
-GROUP_BYTES = 2**20  # of padded images for which kernels are read once: as many as stay in the L2 cache
+O_BLOCK, WIDTH = 32, 16  # output channels of a block and floats of the widest vector in c_conv.c
+SMALL = 2**20  # numbers of a padded image that any machine has room for
 
-_Pair = ctypes.c_long * 2
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [
-        ('weight', ctypes.c_void_p), ('bias', ctypes.c_void_p), ('outputs', ctypes.c_long), ('inputs', ctypes.c_long)]
+Map = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, _Linear) for name in ('squeeze', 'gates', 'kernel')),
-        *((name, ctypes.c_long) for name in ('has_softmax', 'has_in_attn', 'has_out_attn', 'has_tap_attn')),
-        *((name, ctypes.c_void_p) for name in ('bank', 'shift')),
-        *((name, ctypes.c_long) for name in ('in_channels', 'out_channels', 'kernels')),
-        *((name, _Pair) for name in ('taps', 'stride', 'padding', 'dilation')),
-    ]
+def is_available() -> bool:
+    """Whether this machine has the library; takes a second or two when it is compiled, once per machine."""
+    return library() is not None
+
+
+def supports(case: Case) -> bool:
+    """Whether C computes it, from images and kernels as they lie in memory."""
+    return (
+        case.device.type == 'cpu' and case.dtype == case.weight_dtype == torch.float32 and case.groups == 1
+        and _fits(case.num_kernels, case.in_channels, case.out_channels)
+        and (case.channels_last or case.image_size == (1, 1))
+        and (case.weight_channels_last or case.kernel_size == (1, 1))
+        and _conv_of(case) is not None and is_available()
+    )
 
 
 def takes(weight: Tensor, num_kernels: int) -> bool:
     """Whether kernels (K * O, I, kh, kw) are of a form that `Layer` takes."""
-    return (
-        num_kernels > 1 and weight.dtype == torch.float32 and weight.device.type == 'cpu'
-        and weight.shape[1] % WIDTH == 0 and weight.shape[0] // num_kernels % O_BLOCK == 0
-    )
+    return weight.dtype == torch.float32 and weight.device.type == 'cpu' and _fits(
+        num_kernels, weight.shape[1], len(weight) // num_kernels)
 
 
-def supports(case) -> bool:
-    return (
-        case.dtype == case.weight_dtype == torch.float32 and case.groups == 1 and case.num_kernels > 1
-        and case.in_channels % WIDTH == 0 and case.out_channels % O_BLOCK == 0
-        and (case.channels_last or case.image_size == (1, 1))
-        and max(case.stride) <= 8
-        and (case.weight_channels_last or case.kernel_size == (1, 1)) and is_available()
-    )
+def _fits(num_kernels: int, in_channels: int, out_channels: int) -> bool:
+    return num_kernels > 1 and in_channels % WIDTH == 0 and out_channels % O_BLOCK == 0
 
 
-def forward(x, weight, attention, case) -> Tensor:
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    layer = _without_attention(
-        case.in_channels, case.out_channels, case.num_kernels, case.kernel_size, case.stride, case.padding,
-        case.dilation)
-    return _convolve(layer, x, attention, weight, None)
-
-
-def _convolve(layer: _Layer, x: Tensor, attention: Iterable[Tensor | None], weight: Tensor | None, shift) -> Tensor:
-    """`weight` for a layer without a bank; `shift` (O,) or (B, O)"""
-    x = x.contiguous(memory_format=torch.channels_last)
-    tensors = [None if t is None else t.to(torch.float32).contiguous() for t in (*attention, shift)]
-    B, I, H, W = x.shape
-    height, width, padded = _sizes(
-        H, W, *(tuple(pair) for pair in (layer.taps, layer.stride, layer.padding, layer.dilation)))
-    group = min(max(GROUP_BYTES // (I * padded * x.element_size()), 1), B)
-    y, memory = x.new_empty(B, height, width, layer.out_channels), x.new_empty(group * I * padded)
-    _library().fmd_timm_convolve(
-        layer, x.data_ptr(), H, W, memory.data_ptr(), torch.get_num_threads(), y.data_ptr(), height, width, B, group,
-        *(None if t is None else t.data_ptr() for t in (weight, *tensors)),
-        0 if shift is None or shift.ndim == 1 else layer.out_channels)
+def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
+    """The result (B, O, H', W'), channels_last, for images x (B, I, H, W) and kernels (K * O, I, kh, kw)."""
+    conv = _conv_of(case)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    y, padded = x.new_empty(case.batch, *conv.out_size, case.out_channels), _padded(x, conv)
+    kernel_attn, *gates = map(_start, attention)
+    library().fmd_timm_run(Call(
+        conv=addressof(conv), x=_start(x), weight=_start(weight), kernel_attn=kernel_attn, gates=tuple(gates),
+        padded=_start(padded), y=_start(y), batch=case.batch, threads=torch.get_num_threads()))
     return y.permute(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=1024)
-def _without_attention(I, O, num_kernels, *pairs) -> _Layer:
-    return _Layer(*(_Linear() for _ in range(3)), False, False, False, False, None, None, I, O, num_kernels,
-                  *(_Pair(*pair) for pair in pairs))
 
 
 class Layer:
     """Attention and dynamic convolution of float32 images (B, I, H, W), with groups = 1 and more than one kernel.
 
     Weights (out, in) and biases of the linear maps, `competes` and `gate_sizes` are those of
-    `fmd_timm.layers.attention.FoldedAttention`. All tensors are float32 and must not be changed.
+    `fmd_timm.layers.attention.FoldedAttention`. Tensors must not be changed.
 
     Args:
         squeeze: Weight and bias, or None.
@@ -119,133 +83,118 @@ class Layer:
         stride: Vertical and horizontal, as are `padding` and `dilation`.
 
     Raises:
-        ValueError: Images given to it have another number of channels, or are not one where one is expected.
+        ValueError: Images given to it are not float32 on the CPU, have another shape, or are of a size that C doesn't
+            convolve (see `supports`).
     """
 
     def __init__(
-            self, squeeze, gates, kernel, competes: bool, gate_sizes: list[int],
-            in_channels: int, weight: Tensor | None, shift: Tensor | None, stride, padding, dilation,
+            self, squeeze: Map | None, gates: Map | None, kernel: Map, competes: bool, gate_sizes: list[int],
+            in_channels: int, weight: Tensor | None, shift: Tensor | None,
+            stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
     ):
-        maps = [_Linear() if pair is None else _Linear(*(t.data_ptr() for t in pair), *pair[0].shape)
-                for pair in (squeeze, gates, kernel)]
-        self.num_kernels, self.gate_sizes = len(kernel[1]), gate_sizes
-        self.kernel_size, self.stride, self.padding, self.dilation = (1, 1), stride, padding, dilation
-        self.convolves = weight is not None
-        bank, self.out_channels = None, 0
+        # Aliases: their memory stays even if a parameter is given another.
+        squeeze, gates, kernel = (
+            None if pair is None else [t.detach().float().contiguous() for t in pair]
+            for pair in (squeeze, gates, kernel))
+        of_gates = [None] * 3 if gates is None else zip(*(t.split(gate_sizes) for t in gates))
+        self.maps = Maps(_linear(squeeze), tuple(map(_linear, of_gates)), _linear(kernel), competes)
+        self.tensors = squeeze, gates, kernel  # as long as `maps` points into them
+        self.convolves, self.bank, self.shift = weight is not None, None, None
+        num_kernels, out_channels, kernel_size = len(kernel[1]), 0, (1, 1)
         if self.convolves:
-            self.kernel_size, self.out_channels = tuple(weight.shape[2:]), len(weight) // self.num_kernels
-            bank = _blocked(weight, self.num_kernels)
-        self.features = self.num_kernels + maps[1].outputs + in_channels + maps[0].outputs
-        self.layer = _Layer(
-            *maps, competes, *(size > 0 for size in gate_sizes),
-            *(None if t is None else t.data_ptr() for t in (bank, shift)),
-            in_channels, self.out_channels, self.num_kernels,
-            *(_Pair(*pair) for pair in (self.kernel_size, stride, padding, dilation)))
-        self.tensors = squeeze, gates, kernel, bank  # as long as `layer` points into them
-        self.shift = shift
-
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """kernel_attn, in_attn, out_attn and tap_attn of `fmd_timm.ops.dynamic_conv2d` for one image"""
-        x = self._checked(x)
-        memory = x.new_empty(1, self.features)
-        _library().fmd_timm_attend(
-            ctypes.byref(self.layer), x.data_ptr(), *x.shape[2:], memory.data_ptr(), torch.get_num_threads())
-        kernel_attn, *gates, _ = memory.split(
-            [self.num_kernels, *self.gate_sizes, self.features - self.num_kernels - sum(self.gate_sizes)], 1)
-        return kernel_attn, *(gate if size else None for gate, size in zip(gates, self.gate_sizes))
+            self.bank = _bank(weight.detach(), num_kernels)
+            self.shift = None if shift is None else shift.detach().float().contiguous()
+            out_channels, kernel_size = len(weight) // num_kernels, tuple(weight.shape[2:])
+        self.sizes = in_channels, out_channels, num_kernels, kernel_size, *map(tuple, (stride, padding, dilation))
+        # Numbers for each image: the attention, the means of the channels, the squeezed features.
+        self.parts = [num_kernels, *gate_sizes, in_channels, self.maps.squeeze.outputs]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The result of attention and convolution for one image (1, O, H', W'), channels_last."""
+        """The result of attention and convolution (B, O, H', W'), channels_last."""
         x = self._checked(x)
-        _, I, H, W = x.shape
-        height, width, padded = _sizes(H, W, self.kernel_size, self.stride, self.padding, self.dilation)
-        y = x.new_empty(1, height, width, self.out_channels)
-        memory = x.new_empty(self.features + I * padded)
-        _library().fmd_timm_forward(
-            ctypes.byref(self.layer), x.data_ptr(), H, W, memory.data_ptr(), torch.get_num_threads(),
-            y.data_ptr(), height, width)
+        conv = _conv(*self.sizes, tuple(x.shape[2:]))
+        if conv is None:
+            *_, kernel_size, stride, padding, dilation = self.sizes
+            raise ValueError(
+                f'x of {x.shape[2]}x{x.shape[3]} pixels can not be convolved in C by {kernel_size[0]}x{kernel_size[1]} '
+                f'taps with stride={stride}, padding={padding}, dilation={dilation}')
+        y = x.new_empty(len(x), *conv.out_size, conv.out_channels)
+        self._run(conv, x, self._memory(x), _padded(x, conv), y)
         return y.permute(0, 3, 1, 2)
 
-    def convolve(self, x: Tensor, *attention: Tensor | None) -> Tensor:
-        """The same for more images (B, O, H', W'), whose attention is given as in `attend`."""
-        if x.shape[1] != self.layer.in_channels:
-            raise ValueError(f'x must have shape (B, {self.layer.in_channels}, H, W), got {tuple(x.shape)}')
-        return _convolve(self.layer, x, attention, None, self.shift)
+    def attend(self, x: Tensor) -> Attention:
+        """The attention of the images."""
+        x = self._checked(x)
+        memory, B = self._memory(x), len(x)
+        conv = Conv(in_channels=x.shape[1], num_kernels=self.parts[0], in_size=tuple(x.shape[2:]), group=B)
+        self._run(conv, x, memory, None, None)
+        parts = zip(self.parts[:4], memory.split([B * size for size in self.parts]))
+        return Attention(*(part.view(B, size) if size else None for size, part in parts))
 
     def _checked(self, x: Tensor) -> Tensor:
-        if x.shape[:2] != (1, self.layer.in_channels):
-            raise ValueError(f'x must have shape (1, {self.layer.in_channels}, H, W), got {tuple(x.shape)}')
+        if x.ndim != 4 or x.shape[1] != self.sizes[0] or x.dtype != torch.float32 or x.device.type != 'cpu':
+            raise ValueError(f'x must have shape (B, {self.sizes[0]}, H, W) and be float32 on the CPU, got '
+                             f'{tuple(x.shape)}, {x.dtype} on {x.device}')
         return x.contiguous(memory_format=torch.channels_last)
 
+    def _memory(self, x: Tensor) -> Tensor:
+        return x.new_empty(len(x) * sum(self.parts))
 
-@lru_cache(maxsize=1024)
-def _sizes(H, W, kernel_size, stride, padding, dilation) -> tuple[int, int, int]:
-    """Height and width of the result; pixels of the padded image, as c_conv.c arranges them."""
-    height, width = (
-        (size + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate((H, W)))
-    rows = (height - 1) * stride[0] + (kernel_size[0] - 1) * dilation[0] + 1
-    return height, width, rows * stride[1] * (width + (kernel_size[1] - 1) * dilation[1] // stride[1])
+    def _run(self, conv: Conv, x: Tensor, memory: Tensor, padded: Tensor | None, y: Tensor | None) -> None:
+        starts = accumulate((len(x) * size * x.element_size() for size in self.parts), initial=memory.data_ptr())
+        kernel_attn, *gates, pooled, squeezed = (start if size else None for size, start in zip(self.parts, starts))
+        library().fmd_timm_run(Call(
+            addressof(self.maps), addressof(conv), _start(x), None, _start(self.bank), _start(self.shift), kernel_attn,
+            tuple(gates), pooled, squeezed, _start(padded), _start(y), len(x), torch.get_num_threads()))
 
 
-def _blocked(weight: Tensor, num_kernels: int) -> Tensor:
-    """The K kernels (K * O, I, kh, kw) as they are read, a bank (O / O_BLOCK, R, K, O_BLOCK)"""
+def _start(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _linear(pair: Map | None) -> Linear:
+    return Linear() if pair is None else Linear(*(t.data_ptr() for t in pair), *pair[0].shape)
+
+
+def _padded(x: Tensor, conv: Conv) -> Tensor:
+    """Memory for the padded images of a group."""
+    return x.new_empty(min(conv.group, len(x)) * conv.padded)
+
+
+def _conv_of(case: Case) -> Conv | None:
+    return _conv(
+        case.in_channels, case.out_channels, case.num_kernels, case.kernel_size, case.stride, case.padding,
+        case.dilation, case.image_size)
+
+
+@lru_cache(maxsize=1024)  # a network has few sizes
+def _conv(
+        in_channels: int, out_channels: int, num_kernels: int, kernel_size: tuple[int, int], stride: tuple[int, int],
+        padding: tuple[int, int], dilation: tuple[int, int], image_size: tuple[int, int],
+) -> Conv | None:
+    """The sizes for c_conv.c; None without a pixel to compute, and where padded images would be out of all proportion.
+
+    Those have every pixel between the first and the last that meet a tap, also where a stride leaves most of them out.
+    """
+    out_size = tuple(map(output_size, image_size, kernel_size, stride, padding, dilation))
+    if min(*out_size, *image_size) < 1:
+        return None
+    rows = (out_size[0] - 1) * stride[0] + (kernel_size[0] - 1) * dilation[0] + 1
+    columns = out_size[1] + (kernel_size[1] - 1) * dilation[1] // stride[1]
+    padded = in_channels * rows * stride[1] * columns
+    image, result = in_channels * math.prod(image_size), out_channels * math.prod(out_size)
+    if padded > max(16 * (image + result), SMALL):
+        return None
+    cache = cache_bytes(2) // 4  # numbers
+    return Conv(
+        in_channels, out_channels, num_kernels, kernel_size, stride, padding, dilation, image_size, out_size,
+        rows, columns, padded, group=max(cache // padded, 1), chunk=cache // 2)
+
+
+def _bank(weight: Tensor, num_kernels: int) -> Tensor:
+    """The K kernels (K * O, I, kh, kw) as they are read: a bank (O / O_BLOCK, kh * kw * I, K, O_BLOCK)"""
     rows = weight.permute(0, 2, 3, 1).reshape(num_kernels, -1, O_BLOCK, weight[0].numel()).permute(1, 3, 0, 2)
-    memory = mmap.mmap(-1, weight.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, 4 * weight.numel(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a Linux without huge pages, by which ResNet-18 takes 1 to 2 % longer
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=weight.dtype).view(rows.shape).copy_(rows)
-
-
-@cache
-def is_available() -> bool:
-    """Whether it can be compiled here and computes what it should; takes some seconds the first time on a machine."""
-    if sys.platform != 'linux' or _library() is None:
-        return False
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.arange(math.prod(shape), dtype=torch.float32, device='cpu').reshape(shape).cos()
-
-    x, weight, kernel = numbers(1, 32, 5, 5), numbers(64, 32, 3, 3), (numbers(2, 32), numbers(2))
-    layer = Layer(None, None, kernel, True, [0, 0, 0], 32, weight, None, (1, 1), (1, 1), (1, 1))
-    share = F.linear(x.mean((2, 3)), *kernel).softmax(1)
-    expected = F.conv2d(x, share[0, 0] * weight[:32] + share[0, 1] * weight[32:], padding=1)
-    return all(torch.allclose(y, expected, rtol=1e-4, atol=1e-4) for y in (layer(x),))
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody is at home
-        _logger.info(f'single images are convolved without {SOURCE.name}, which could not be compiled: {error}')
-        return None
-    of_image = ctypes.POINTER(_Layer), ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_long
-    library.fmd_timm_attend.argtypes = of_image
-    library.fmd_timm_forward.argtypes = *of_image, ctypes.c_void_p, ctypes.c_long, ctypes.c_long
-    library.fmd_timm_convolve.argtypes = (
-        *library.fmd_timm_forward.argtypes, *[ctypes.c_long] * 2, *[ctypes.c_void_p] * 6, ctypes.c_long)
-    for function in library.fmd_timm_attend, library.fmd_timm_forward, library.fmd_timm_convolve:
-        function.restype = None
-    return library
-
-
-def _compiled() -> Path:
-    """The library, compiled if it isn't yet for this source, compiler and processor."""
-    compiler = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')
-    if not compiler:
-        raise OSError('there is no C compiler')
-    processor = Path('/proc/cpuinfo').read_text().split('\n\n')[0]
-    processor = ''.join(line for line in processor.splitlines() if not line.startswith(('cpu MHz', 'bogomips')))
-    what = '\n'.join((SOURCE.read_text(), compiler, *FLAGS, *LIBRARIES, processor))
-    key = hashlib.sha256(what.encode()).hexdigest()[:16]
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'fmd_timm'
-    library = folder / f'native-{key}.so'
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            made = Path(unfinished, library.name)
-            command = [compiler, *FLAGS, SOURCE, '-o', made, *LIBRARIES]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            made.rename(library)
-    return library
+    return torch.frombuffer(memory, dtype=torch.float32).view(rows.shape).copy_(rows)

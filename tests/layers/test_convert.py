@@ -1,4 +1,5 @@
 """make_dynamic: which convolutions of timm's CNNs it swaps, and that the network still does all a network does."""
+import copy
 import re
 
 import pytest
@@ -111,6 +112,15 @@ def test_a_convolution_that_stands_in_two_places_stays_one():
     model = nn.Sequential(conv, nn.ReLU(), conv)
     assert make_dynamic(model) == ['0', '2']
     assert model[0] is model[2] and isinstance(model[0], FMDConv2d)
+
+
+def test_forward_hooks_stay_in_the_place_of_a_convolution():
+    """Networks with `feature_location='expansion'` return their features by such hooks."""
+    static = timm.create_model('efficientnet_b0', features_only=True, feature_location='expansion', out_indices=(1, 2))
+    model = copy.deepcopy(static)
+    make_dynamic(model)
+    features, expected = model(make_images()), static(make_images())
+    assert [feature.shape for feature in features] == [feature.shape for feature in expected] and len(features) == 2
 
 
 @pytest.mark.parametrize('make', [

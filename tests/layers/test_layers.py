@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.init import calculate_gain
 
 from fmd_timm import CondConv2d, DyConv2d, FMDConv2d, ODConv2d, dynamic_conv2d, set_temperature
+from fmd_timm.layers.attention import pool
 
 METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
 every_method = pytest.mark.parametrize('method', METHODS, ids=lambda method: method.__name__)
@@ -282,6 +283,32 @@ def test_temperature_of_a_network_without_dynamic_convolutions_is_an_error():
         set_temperature(nn.Linear(2, 2), kernel=1.0)
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize('dtype, rtol', [  # half a unit of the last place is 2^-8 in bfloat16, which is rounded twice
+    (torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2 * 2 ** -8), (torch.float16, 2 ** -11),
+], ids=str)
+def test_pooling_is_the_mean_over_the_pixels(dtype, rtol, memory_format):
+    x = (torch.rand(2, 6, 13, 9) + 1).to(dtype).to(memory_format=memory_format)
+    assert pool(x).dtype == dtype
+    torch.testing.assert_close(pool(x).double(), x.double().mean((2, 3)), rtol=rtol, atol=0)
+
+
+def test_pooling_of_large_values_does_not_overflow():
+    x = torch.full((1, 2, 64, 64), 1e4, dtype=torch.float16)
+    assert torch.equal(pool(x), torch.full((1, 2), 1e4, dtype=torch.float16))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_the_pooling_is_right_and_is_not_written(dtype):
+    x, strides = torch.randn(2, 6, 16, 8, dtype=dtype, requires_grad=True), []
+    image = x * 1
+    image.register_hook(lambda grad: strides.append(grad.stride()))
+    grad = torch.randn(2, 6, dtype=dtype)
+    pool(image).backward(grad)
+    assert strides == [(6, 1, 0, 0)]
+    torch.testing.assert_close(x.grad, (grad / 128)[:, :, None, None].expand_as(x))
+
+
 @pytest.mark.parametrize('method', [ODConv2d, FMDConv2d])
 def test_training_batch_of_one_image_uses_the_running_statistics(method):
     conv, x = make_conv(method), torch.randn(1, 6, 5, 5)
@@ -348,3 +375,16 @@ def test_exported_layer_takes_any_batch(same_padding, method):
     for size in 1, 3:
         x = torch.randn(size, 6, 9, 9)
         torch.testing.assert_close(program.module()(x), conv(x))
+
+
+@every_method
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_graphs_of_a_layer_take_images_of_any_size(method):
+    conv, example = make_conv(method).eval(), torch.randn(2, 6, 9, 7)
+    sizes = {2: torch.export.Dim('height', min=4), 3: torch.export.Dim('width', min=4)}
+    exported = torch.export.export(conv, (example,), dynamic_shapes=(sizes,)).module()
+    traced, compiled = torch.jit.trace(conv, example), torch.compile(conv, dynamic=True, backend='eager')
+    for size in (5, 8), (12, 4):
+        x = torch.randn(2, 6, *size)
+        for graph in exported, traced, compiled:
+            torch.testing.assert_close(graph(x), conv(x))

@@ -1,4 +1,9 @@
-"""The rules for CUDA and what happens without Triton; test_triton.py runs the algorithms they choose."""
+"""What runs on CUDA: the order of the algorithms, and Triton only where its first results were right.
+
+Without a GPU its name and capability are pretended, and the convolution in Triton is replaced.
+"""
+import logging
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -6,138 +11,419 @@ import processes
 import pytest
 import torch
 
-from fmd_timm.ops import cuda, reference
+from fmd_timm import dynamic_conv2d
+from fmd_timm.ops import cuda, im2col, operator, per_image, per_kernel, reference, triton_checked
+from fmd_timm.ops.case import Attention, Case, case_of
+from fmd_timm.ops.triton_checked import TritonConv
 
-PLAIN = dict(B=128, I=256, O=256, K=4, kernel=3, size=14, stride=1, groups=1, taps=False, dtype=torch.bfloat16)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+PLAIN = Case(
+    batch=128, num_kernels=4, in_channels=256, out_channels=256, groups=1, image_size=(14, 14), kernel_size=(3, 3),
+    stride=(1, 1), padding=(1, 1), dilation=(1, 1), dtype=torch.bfloat16, weight_dtype=torch.float32,
+    channels_last=True, weight_channels_last=True, has_in_attn=True, has_out_attn=True, has_tap_attn=False,
+    device=torch.device('cuda', 0))
+LARGE, LARGEST = dict(image_size=(28, 28)), dict(image_size=(56, 56), in_channels=64, out_channels=64)
+POINTWISE = dict(kernel_size=(1, 1), padding=(0, 0))
 
 
 @pytest.fixture(autouse=True)
-def fresh_state(monkeypatch):
-    monkeypatch.setattr(cuda, '_triton_failed', False)
-    cuda._warn.cache_clear()
+def fresh_state():
+    def forget():
+        cuda.algorithms.cache_clear()
+        triton_checked._announce.cache_clear()
+        triton_checked._right.clear()
+
+    forget()
+    yield
+    forget()
 
 
-@pytest.mark.parametrize('change, forward, backward', [
-    (dict(), 'fused', 'fused'),
-    (dict(stride=2, size=28), 'fused', 'fused'),
-    (dict(I=64, O=64, size=56), 'materialised', 'materialised'),
-    (dict(I=64, O=64, size=56, taps=True), 'materialised', 'materialised'),
-    (dict(I=64, kernel=1, size=56), 'pointwise', 'pointwise'),
-    (dict(I=60, kernel=1, size=56), 'pointwise', 'pointwise'),
-    (dict(I=64, kernel=1, size=112, stride=2), 'materialised', 'materialised'),
-    (dict(I=512, O=512, size=7), 'per_kernel', 'fused'),  # backward, dense convolves three times
-    (dict(I=512, O=512, size=7, taps=True), 'fused', 'fused'),
-    (dict(B=1), 'single', 'reference'),
-    (dict(B=1, size=7, taps=True), 'single', 'reference'),
-    (dict(B=2), 'per_kernel', 'per_kernel'),  # too little work for a kernel of its own
-    (dict(B=2, taps=True), 'fused', 'fused'),
-    (dict(K=1), 'per_kernel', 'per_kernel'),
-    (dict(K=1, taps=True), 'fused', 'fused'),
-    (dict(K=8), 'fused', 'fused'),
-    (dict(K=9), 'unsupported', 'unsupported'),
-    (dict(I=255), 'unsupported', 'unsupported'),
-    (dict(O=12, size=64), 'unsupported', 'unsupported'),
-    (dict(groups=2), 'unsupported', 'unsupported'),
-    (dict(groups=256), 'reference', 'reference'),
-    (dict(dtype=torch.float16), 'fused', 'fused'),
-    (dict(dtype=torch.float64), 'reference', 'reference'),
-    (dict(dtype=torch.float32), 'fused', 'fused'),
-    (dict(size=2**15, B=2), 'unsupported', 'unsupported'),  # offsets in an image beyond 32 bits
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretend one of a capability."""
+    def pretend(*capability, hip=None):
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+        monkeypatch.setattr(torch.version, 'hip', hip)
+        cuda.algorithms.cache_clear()
+
+    pretend(9, 0)
+    return pretend
+
+
+def names(question, **change):
+    return [algorithm.__name__.rpartition('.')[2] for algorithm in cuda.algorithms(question, PLAIN._replace(**change))]
+
+
+@pytest.mark.parametrize('change, expected', [
+    (dict(), ['per_kernel', 'reference']),
+    (dict(stride=(2, 2), image_size=(28, 28)), ['per_kernel', 'reference']),
+    (LARGE, ['per_kernel', 'triton_64', 'triton_128']),
+    (LARGEST, ['per_kernel', 'triton_64', 'reference']),
+    (dict(LARGE, dtype=torch.float32), ['per_kernel', 'triton_64', 'reference']),
+    (dict(LARGE, dtype=torch.float64), ['reference']),
+    (dict(LARGE, weight_dtype=torch.float64), ['reference']),
+    (dict(POINTWISE), ['per_image', 'per_kernel', 'reference']),
+    (dict(POINTWISE, image_size=(7, 7)), ['per_kernel', 'reference']),
+    (dict(POINTWISE, image_size=(56, 56), stride=(2, 2)), ['per_kernel', 'triton_64', 'triton_128']),
+    (dict(has_tap_attn=True), ['reference', 'triton_64', 'triton_128']),
+    (dict(POINTWISE, image_size=(7, 7), has_tap_attn=True), ['per_image', 'reference']),
+    (dict(has_tap_attn=True, in_channels=12, out_channels=12), ['reference', 'im2col']),
+    (dict(num_kernels=1, **LARGE), ['per_kernel']),
+    (dict(num_kernels=1, has_tap_attn=True), ['reference', 'triton_64', 'triton_128']),
+    (dict(batch=1, **LARGE), ['reference', 'per_kernel']),
+    (dict(batch=1, has_tap_attn=True), ['reference']),
+    (dict(groups=256, **LARGE), ['reference', 'per_image']),
+    (dict(groups=2, **LARGE), ['reference', 'per_image']),
+    (dict(num_kernels=9, **LARGE), ['per_kernel', 'reference']),
+    (dict(LARGE, in_channels=255), ['per_kernel', 'reference']),
+    (dict(LARGE, out_channels=12), ['per_kernel', 'reference']),
+    (dict(image_size=(2**15, 2**15), batch=2), ['per_kernel', 'reference']),  # offsets in an image beyond 32 bits
 ], ids=str)
-def test_rules(change, forward, backward):
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        assert (chosen(change, False), chosen(change, True)) == (forward, backward)
+def test_the_order(change, expected, gpu):
+    assert names('forward', **change) == expected
+    assert names('prepared', **change) == expected
 
 
-def test_tf32_goes_to_cudnn():
-    assert chosen(dict(dtype=torch.float32), False) == 'per_kernel'  # PyTorch's default for convolutions
-    assert chosen(dict(dtype=torch.float32, taps=True), False) == 'fused'
+def test_a_tile_is_not_wider_than_what_it_makes(gpu):
+    assert 'triton_128' not in names('forward', **LARGE, out_channels=64)
+    assert 'triton_128' in names('backward', **LARGE, out_channels=64)
+    assert 'triton_128' not in names('backward', **LARGE, in_channels=64)
 
 
-def chosen(change, backward):
-    case = dict(PLAIN, **change)
-    B, I, K, O, kernel, size, stride = (case[name] for name in ('B', 'I', 'K', 'O', 'kernel', 'size', 'stride'))
-
-    def empty(*shape):
-        return torch.empty(shape, dtype=case['dtype'], device='meta')
-
-    return cuda.choose(
-        empty(B, I, size, size), empty(K * O, I // case['groups'], kernel, kernel), empty(B, K),
-        empty(B, kernel**2) if case['taps'] else None, (stride, stride), (kernel // 2, kernel // 2),
-        (size // stride)**2, case['groups'], backward)
+@pytest.mark.parametrize('question', ['forward', 'backward'])
+@pytest.mark.parametrize('change', [{}, LARGE, LARGEST, POINTWISE, dict(has_tap_attn=True), dict(groups=2)], ids=str)
+def test_the_first_is_always_plain_pytorch_and_there_are_at_most_three(question, change, gpu):
+    algorithms = cuda.algorithms(question, PLAIN._replace(**change))
+    assert algorithms[0] in (reference, per_kernel, per_image, im2col)
+    assert len(algorithms) <= 3
+    assert all(hasattr(algorithm, question) for algorithm in algorithms)
 
 
-def small_inputs(K=2, groups=1, pixels=4):
+@pytest.mark.parametrize('capability, hip, expected', [
+    ((7, 5), None, False), ((8, 0), None, True), ((8, 6), None, True), ((12, 0), None, True), ((9, 4), '6.2', False)])
+def test_triton_is_only_for_ampere_and_later_of_nvidia(capability, hip, expected, gpu):
+    gpu(*capability, hip=hip)
+    assert ('triton_64' in names('forward', **LARGE)) == expected
+
+
+def inputs(taps=False, channels=8, size=6):
+    """grad_y, x, weight, attention, case"""
     torch.manual_seed(0)
-    tensors = dict(
-        x=torch.randn(2, 8, pixels, pixels), weight=torch.randn(K * 8, 8 // groups, 3, 3), kernel_attn=torch.rand(2, K),
-        in_attn=torch.rand(2, 8), out_attn=torch.rand(2, 8), tap_attn=torch.rand(2, 9), bias=torch.randn(K * 8))
-    return tensors, dict(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=groups)
+    x, weight = torch.randn(3, 8, size, size), torch.randn(2 * channels, 8, 3, 3)
+    attention = Attention(
+        torch.rand(3, 2), torch.rand(3, 8), torch.rand(3, channels), torch.rand(3, 9) if taps else None)
+    case = case_of(x, weight, attention, (1, 1), (1, 1), (1, 1), 1)
+    return torch.randn(3, channels, size, size), x, weight, attention, case
 
 
-def assert_falls_back_with_one_warning(tensors, conv_args, message):
-    with pytest.warns(UserWarning, match=message) as caught:
+@pytest.fixture
+def triton_conv(monkeypatch):
+    """A convolution 'in Triton' that is right, to be spoiled."""
+    pytest.importorskip('triton')
+    from fmd_timm.ops import triton_conv
+
+    def image_gradient(grad_y, x, weight, attention, case, channels):
+        grad_x, _, gradients = reference.backward(grad_y, x, weight, attention, case)
+        return grad_x, gradients.in_attn
+
+    monkeypatch.setattr(triton_conv, 'forward', lambda *arguments: reference.forward(*arguments[:-1]))
+    monkeypatch.setattr(triton_conv, 'image_gradient', image_gradient)
+    monkeypatch.setattr(triton_conv, 'backward', lambda *arguments: reference.backward(*arguments[:-1]))
+    return triton_conv
+
+
+class Fallback:
+    forward, backward = staticmethod(lambda *a: 'fallback'), staticmethod(lambda *a: 'fallback')
+
+
+def run_both(tile, case_inputs):
+    return tile.forward(*case_inputs[1:]), tile.backward(*case_inputs)
+
+
+def test_what_was_right_runs_in_triton_without_a_warning(triton_conv, monkeypatch):
+    tile, case_inputs = TritonConv(64, Fallback), inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        run_both(tile, case_inputs)
+        monkeypatch.setattr(triton_conv, 'forward', lambda *arguments: 'triton')
+        monkeypatch.setattr(triton_conv, 'backward', lambda *arguments: 'triton')
+        assert run_both(tile, case_inputs) == ('triton', 'triton')  # and is not checked again
+
+
+def spoil(triton_conv, monkeypatch, what, change):
+    right = getattr(triton_conv, what)
+    monkeypatch.setattr(triton_conv, what, lambda *arguments: change(right(*arguments)))
+
+
+@pytest.mark.parametrize('what, change, message', [
+    ('forward', lambda y: y * 1.001, 'the result is off by 1.0e-03'),
+    ('forward', lambda y: y.index_fill(3, torch.tensor([5]), float('nan')), 'the result is off by nan'),
+    ('image_gradient', lambda g: (g[0] + 1e-2, g[1]), 'the gradient of x is off'),
+    ('image_gradient', lambda g: (g[0], g[1].flip(0)), 'the gradient of in_attn is off'),
+])
+def test_wrong_numbers_are_not_used_and_warned_of_once(triton_conv, monkeypatch, what, change, message):
+    spoil(triton_conv, monkeypatch, what, change)
+    with pytest.warns(UserWarning, match=f'2 kernels 3x3, 8 to 8 channels.*tile of 64.*PyTorch.*{message}') as caught:
         for _ in range(2):
-            y = cuda.forward(**tensors, **conv_args)
-            gradients = cuda.backward(torch.ones_like(y), **tensors, **conv_args)
+            assert run_both(TritonConv(64, Fallback), inputs()) == ('fallback', 'fallback')
     assert len(caught) == 1
-    torch.testing.assert_close(y, reference.forward(**tensors, **conv_args))
-    expected = reference.backward(torch.ones_like(y), **tensors, **conv_args)
-    for gradient, value in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, value)
 
 
-@pytest.mark.parametrize('change', [dict(groups=2), dict(K=9)], ids=str)
-@pytest.mark.parametrize('taps', [False, True])
-def test_an_unsupported_shape_falls_back_with_one_warning(change, taps):
-    tensors, conv_args = small_inputs(**change)
-    tensors = tensors if taps else dict(tensors, tap_attn=None)
-    assert_falls_back_with_one_warning(tensors, conv_args, 'take groups = 1 or depthwise')
+def test_another_configuration_is_checked_for_itself(triton_conv, monkeypatch):
+    right = triton_conv.forward
+    monkeypatch.setattr(triton_conv, 'forward', lambda *arguments: right(*arguments) * (128 // arguments[-1]))
+    with pytest.warns(UserWarning, match='tile of 64'):
+        assert run_both(TritonConv(64, Fallback), inputs()) == ('fallback', 'fallback')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert 'fallback' not in run_both(TritonConv(128, Fallback), inputs())
+        monkeypatch.setattr(triton_conv, 'forward', right)
+        assert 'fallback' not in run_both(TritonConv(64, Fallback), inputs(channels=16))
 
 
-@pytest.mark.parametrize('name', ['CompilationError', 'OutOfResources'])
-def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(name, monkeypatch):
+def test_another_batch_is_not_checked_again(triton_conv, monkeypatch):
+    tile, case = TritonConv(64, Fallback), inputs()[-1]
+    assert tile.is_right(case)
+    monkeypatch.setattr(triton_checked, '_reason_against', None)
+    assert tile.is_right(case._replace(batch=7, channels_last=True))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_may_be_off_as_far_as_it_rounds(dtype, triton_conv, monkeypatch):
+    case = inputs()[-1]._replace(dtype=dtype)
+    assert TritonConv(64, Fallback).is_right(case)
+    spoil(triton_conv, monkeypatch, 'forward', lambda y: y * 1.05)
+    with pytest.warns(UserWarning, match='the result is off by 5'):
+        assert not TritonConv(128, Fallback).is_right(case)
+
+
+def errors():
     pytest.importorskip('triton')
     from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
+    return [
+        CompilationError(None, None, 'a message'), OutOfResources(9, 8, 'shared memory'), PTXASError('a message'),
+        subprocess.CalledProcessError(1, 'gcc'), FileNotFoundError('gcc'),
+        RuntimeError('Failed to find C compiler. Please specify via CC environment variable.'),
+        RuntimeError('PassManager::run failed'), RuntimeError('Cannot find ptxas'),
+    ]
 
-    from fmd_timm.ops import triton_conv
-    error = {
-        'CompilationError': CompilationError(None, None, 'a message'), 'OutOfResources': OutOfResources(9, 8, 'memory'),
-    }[name]
 
-    def fail(*args):
+@pytest.mark.parametrize('what', ['forward', 'image_gradient'])
+@pytest.mark.parametrize('number', range(8))
+def test_what_does_not_compile_runs_in_pytorch_with_one_warning(number, what, triton_conv, monkeypatch):
+    error = errors()[number]
+    calls = []
+
+    def fail(*arguments):
+        calls.append(arguments)
         raise error
 
-    monkeypatch.setattr(triton_conv, 'convolve', fail)
-    assert_falls_back_with_one_warning(*small_inputs(), f'Triton fails.*{name}')
+    monkeypatch.setattr(triton_conv, what, fail)
+    with pytest.warns(UserWarning, match=f'Triton fails.*{str(error)[:9]}') as caught:
+        for _ in range(2):
+            assert run_both(TritonConv(64, Fallback), inputs()) == ('fallback', 'fallback')
+    assert len(caught) == len(calls) == 1
 
 
-@pytest.mark.parametrize('error', [torch.OutOfMemoryError('full'), torch.AcceleratorError('illegal access')])
-def test_an_error_that_is_not_of_triton_is_not_hidden(error, monkeypatch):
-    pytest.importorskip('triton')
-    from fmd_timm.ops import triton_conv
-
-    def fail(*args):
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('full'), torch.AcceleratorError('illegal access'),
+    RuntimeError('Triton Error [CUDA]: an illegal memory access was encountered'), KeyboardInterrupt(), TypeError('x'),
+], ids=repr)
+def test_an_error_that_is_not_of_the_compiler_is_not_hidden_and_proves_nothing(error, triton_conv, monkeypatch):
+    def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(triton_conv, 'convolve', fail)
-    tensors, conv_args = small_inputs()
-    with pytest.raises(type(error)), warnings.catch_warnings():
+    with monkeypatch.context() as broken, warnings.catch_warnings():
         warnings.simplefilter('error')
-        cuda.forward(**tensors, **conv_args)
+        broken.setattr(triton_conv, 'forward', fail)
+        with pytest.raises(type(error)):
+            TritonConv(64, Fallback).forward(*inputs()[1:])
+    assert 'fallback' not in run_both(TritonConv(64, Fallback), inputs())
 
 
-def test_without_triton_everything_works_with_one_warning():
+def test_while_a_graph_is_captured_nothing_is_checked(triton_conv, monkeypatch, gpu):
+    case = inputs()[-1]._replace(device=torch.device('cuda', 0))
+    with monkeypatch.context() as capturing, warnings.catch_warnings():
+        warnings.simplefilter('error')
+        capturing.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+        capturing.setattr(triton_checked, '_reason_against', None)
+        assert not TritonConv(64, Fallback).is_right(case)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(triton_checked, '_reason_against', lambda channels, case: None)
+    assert TritonConv(64, Fallback).is_right(case)  # it was not held against it
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+        assert TritonConv(64, Fallback).is_right(case)
+
+
+def test_the_check_leaves_random_numbers_alone(triton_conv):
+    case = inputs()[-1]
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    assert TritonConv(64, Fallback).is_right(case)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_one_line_is_said_before_the_first_compilation(triton_conv, caplog):
+    with caplog.at_level(logging.WARNING):
+        for channels in 64, 128:
+            assert TritonConv(channels, Fallback).is_right(inputs()[-1])
+    assert [record.message for record in caplog.records] == [
+        'dynamic_conv2d: compiling Triton kernels, a few seconds for each kind of layer']
+
+
+def falls_back_without_triton():
+    case_inputs = inputs()
+    with pytest.warns(UserWarning, match='Triton is missing') as caught:
+        for _ in range(2):
+            assert run_both(TritonConv(64, Fallback), case_inputs) == ('fallback', 'fallback')
+    assert len(caught) == 1
+
+
+def test_without_triton_pytorch_runs_with_one_warning():
+    script = 'import sys; sys.modules["triton"] = None; import test_cuda; test_cuda.falls_back_without_triton()'
+    done = processes.run('-c', script, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_is_not_imported_before_it_is_tried():
     script = (
-        'import sys; sys.modules["triton"] = None\n'
-        'import test_cuda\n'
-        'test_cuda.assert_falls_back_with_one_warning(*test_cuda.small_inputs(), "Triton fails.*triton")\n'
+        'import sys, torch, test_cuda\n'
+        'torch.cuda.get_device_capability = lambda device: (9, 0)\n'
+        'assert "triton_64" in test_cuda.names("forward", **test_cuda.LARGE)\n'
+        'assert "fmd_timm.ops.triton_conv" not in sys.modules\n'
     )
-    run = processes.run('-c', script, cwd=Path(__file__).parent)
-    assert run.returncode == 0, run.stderr
+    done = processes.run('-c', script, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize('name', ['dynamic_conv2d', 'dynamic_conv2d_backward'])
-def test_pytorch_dispatches_cuda_tensors_here(name):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'fmd_timm::{name}', 'CUDA')
+def test_the_operator_asks_for_this_order(gpu):
+    for question in 'forward', 'backward':
+        assert operator.algorithms(question, PLAIN) is cuda.algorithms(question, PLAIN)
+
+
+LAYERS = {  # B, K, I, O, kernel, stride, pixels a side, tap_attn; one for each order
+    'large': (2, 4, 8, 16, 3, 1, 28, False),
+    'small': (3, 4, 8, 16, 3, 2, 14, False),
+    'pointwise': (3, 4, 8, 16, 1, 1, 14, False),
+    'taps': (3, 4, 16, 8, 3, 1, 5, True),
+    'odd_taps': (3, 2, 5, 7, 3, 1, 6, True),
+    'one_kernel': (3, 1, 8, 16, 3, 1, 6, False),
+    'one_image': (1, 4, 8, 16, 3, 1, 6, False),
+}
+DEVICE = torch.device('cuda', 0) if torch.cuda.is_available() else torch.device('cpu')
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # float32 may be multiplied as TF32
+
+
+def layer_inputs(B, K, I, O, kernel, stride, size, taps, dtype=torch.float32):
+    """x, weight and the attention's four on the GPU if there is one, and the arguments of the convolution."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    attention = Attention(
+        normal(B, K).softmax(1), normal(B, I).sigmoid(), normal(B, O).sigmoid(),
+        normal(B, kernel**2).sigmoid() if taps else None)
+    x = normal(B, I, size, size).to(dtype, memory_format=torch.channels_last)
+    return (x, normal(K * O, I, kernel, kernel), *attention), dict(stride=stride, padding=kernel // 2)
+
+
+def assert_near(found, exact, dtype):
+    for got, value in zip(found, exact, strict=True):
+        if value is not None:
+            error = (got.double() - value).norm() / value.norm()
+            assert error < TOLERANCES[dtype], f'off by {error:.1e}'  # NaN too fails
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('layer', LAYERS)
+def test_each_algorithm_of_the_order_is_right(layer, dtype, gpu):
+    (x, weight, *attention), _ = layer_inputs(*LAYERS[layer], dtype)
+    attention, stride, kernel = Attention(*attention), LAYERS[layer][5], LAYERS[layer][4]
+    case = case_of(x, weight, attention, (stride, stride), (kernel // 2, kernel // 2), (1, 1), 1)
+    grad_y = torch.randn(
+        case.batch, case.out_channels, *case.output_size, generator=torch.Generator().manual_seed(1)).to(x)
+    exact = x.double(), weight.double(), Attention(*(t if t is None else t.double() for t in attention))
+    y, (grad_x, grad_weight, gradients) = reference.forward(*exact, case), reference.backward(
+        grad_y.double(), *exact, case)
+    for question in 'forward', 'backward':
+        for algorithm in cuda.algorithms(question, case._replace(device=torch.device('cuda', 0))):
+            if isinstance(algorithm, TritonConv) and DEVICE.type == 'cpu':
+                continue  # test_triton.py has an interpreter
+            if question == 'forward':
+                assert_near([algorithm.forward(x, weight, attention, case)], [y], dtype)
+            else:
+                found = algorithm.backward(grad_y, x, weight, attention, case)
+                assert_near((*found[:2], *found[2]), (grad_x, grad_weight, *gradients), dtype)
+
+
+def step(tensors, conv_args):
+    """The result and the gradients of all tensors."""
+    leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
+    y = dynamic_conv2d(*leaves, **conv_args)
+    return y.detach(), *torch.autograd.grad(y.float().square().sum(), [t for t in leaves if t is not None])
+
+
+@needs_gpu
+@pytest.mark.parametrize('layer', LAYERS)
+def test_untimed_results_repeat_bit_for_bit(layer):
+    tensors, conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        first, second = step(tensors, conv_args), step(tensors, conv_args)
+    assert all(map(torch.equal, first, second))
+
+
+@needs_gpu
+@pytest.mark.parametrize('benchmark', [False, True], ids=['ordered', 'timed'])
+@pytest.mark.parametrize('layer', LAYERS)
+def test_a_captured_graph_gives_what_eager_gives(layer, benchmark):
+    tensors, conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark):
+        eager = step(tensors, conv_args)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(tensors, conv_args)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(tensors, conv_args)
+        graph.replay()
+    assert_near(captured, [t.double() for t in eager], torch.bfloat16)
+
+
+@needs_gpu
+@pytest.mark.parametrize('layer', LAYERS)
+def test_compiled_with_graphs_it_gives_what_eager_gives(layer):
+    tensors, conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
+    compiled = torch.compile(lambda *tensors: dynamic_conv2d(*tensors, **conv_args), mode='reduce-overhead')
+    expected = dynamic_conv2d(*tensors, **conv_args)
+    for _ in range(3):  # recorded in the second, replayed in the third
+        found = compiled(*tensors).clone()
+    assert_near([found], [expected.double()], torch.bfloat16)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='one GPU or none')
+@pytest.mark.parametrize('layer', LAYERS)
+def test_it_runs_on_a_gpu_that_is_not_the_current_one(layer):
+    tensors, conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
+    there = [t if t is None else t.to('cuda:1') for t in tensors]
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        found = step(there, conv_args)
+    assert all(t.device.index == 1 for t in found)
+    assert_near([t.to(DEVICE) for t in found], [t.double() for t in step(tensors, conv_args)], torch.bfloat16)
+
+
+@needs_gpu
+@pytest.mark.parametrize('layer', LAYERS)
+def test_an_odd_address_gives_the_same_numbers(layer):
+    (x, *others), conv_args = layer_inputs(*LAYERS[layer], torch.bfloat16)
+    shifted = torch.cat([x.new_zeros(1), x.permute(0, 2, 3, 1).flatten()])[1:]
+    shifted = shifted.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        expected, found = step((x, *others), conv_args), step((shifted, *others), conv_args)
+    assert_near(found, [t.double() for t in expected], torch.bfloat16)

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import make_recipe, run
 
-from fmd_timm.schedule import annealed_temperature
+from fmd_timm.layers import annealed_temperature
 
 RECIPES = Path(train.__file__).parent
 

@@ -1,0 +1,214 @@
+"""`c_conv.c` as a library of this machine: compiled when it is first needed, tested, kept and checked.
+
+The library is kept in $XDG_CACHE_HOME/fmd_timm, by default ~/.cache/fmd_timm, which must belong to the user alone. Its
+name tells what it was compiled from and the hash of what is in it, so that a cut or foreign file is compiled anew, not
+loaded. A new library is tested in a process of its own before it gets its name. Where it can't be kept, each process
+compiles its own; where it can't be compiled, there is none. Both are said in a warning.
+
+This file is run as a script for the test: it imports nothing but Python's own modules.
+"""
+import ctypes
+import functools
+import hashlib
+import itertools
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+
+__all__ = ['Call', 'Conv', 'Linear', 'Maps', 'library']
+
+SOURCE = Path(__file__).with_name('c_conv.c')
+FLAGS = '-O3', '-march=native', '-std=gnu11', '-fPIC', '-shared'
+OPENMP = ('-fopenmp',), ()  # with threads where the compiler has them (GCC: PyTorch's own libgomp, loaded already)
+MACHINES = 'x86_64', 'aarch64'
+
+_lock = threading.Lock()
+
+
+def _fields(kind, names: str) -> list:
+    return [(name, kind) for name in names.split()]
+
+
+# The structures of c_conv.c, which says what is in them.
+class Linear(ctypes.Structure):
+    _fields_ = [*_fields(ctypes.c_void_p, 'weight bias'), *_fields(ctypes.c_long, 'outputs inputs')]
+
+
+class Maps(ctypes.Structure):
+    _fields_ = [('squeeze', Linear), ('gates', Linear * 3), ('kernel', Linear), ('has_softmax', ctypes.c_long)]
+
+
+class Conv(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_long, 'in_channels out_channels num_kernels'),
+        *_fields(ctypes.c_long * 2, 'taps stride padding dilation in_size out_size'),
+        *_fields(ctypes.c_long, 'rows columns padded group chunk')]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        *_fields(ctypes.c_void_p, 'maps conv x weight bank shift kernel_attn'), ('gates', ctypes.c_void_p * 3),
+        *_fields(ctypes.c_void_p, 'pooled squeezed padded y'), *_fields(ctypes.c_long, 'batch threads')]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library; None where it is slower without a word (not Linux, another processor) or with a warning."""
+    # In a frozen application `sys.executable` is the application, which the test would start again.
+    if sys.platform != 'linux' or platform.machine() not in MACHINES or getattr(sys, 'frozen', False):
+        return None
+    with _lock:
+        return _library()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        return _kept(_cache_folder())
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = error
+    try:
+        with tempfile.TemporaryDirectory(prefix='fmd_timm-') as folder:
+            loaded = _load(_compiled(Path(folder)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reasons = '; '.join(dict.fromkeys((str(reason), str(error))))
+        warnings.warn(f'dynamic convolutions take longer here, without {SOURCE.name}: {reasons}', stacklevel=3)
+        return None
+    warnings.warn(f'{SOURCE.name} is compiled by every process, since it can not be kept: {reason}', stacklevel=3)
+    return loaded
+
+
+def _cache_folder() -> Path:
+    parent = Path(os.environ.get('XDG_CACHE_HOME', ''))
+    if not parent.is_absolute():  # to be ignored, says the XDG specification
+        parent = Path.home() / '.cache'
+    folder = parent / 'fmd_timm'
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_private(folder):
+        raise PermissionError(f'{folder} must belong to the user and be writable to nobody else')
+    return folder
+
+
+def _is_private(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def _kept(folder: Path) -> ctypes.CDLL:
+    """The library in this folder, compiled if it isn't there or damaged."""
+    stem = f'c_conv-{_key()}-'
+    for file in sorted(folder.glob(f'{stem}*.so')):
+        try:
+            if file.is_file() and _is_private(file) and file.name == f'{stem}{_hash(file.read_bytes())}.so':
+                return _load(file)
+        except OSError:  # gone meanwhile, or of another machine that has the same processor and home
+            continue
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        made = _compiled(Path(unfinished))
+        made.chmod(0o700)
+        return _load(made.replace(folder / f'{stem}{_hash(made.read_bytes())}.so'))
+
+
+def _key() -> str:
+    """A hash of what the library is made from: source, compiler and flags, processor."""
+    about = 'vendor_id', 'cpu family', 'model', 'stepping', 'flags', 'CPU', 'Features'
+    processor = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
+    processor = [line for line in processor if line.startswith(about)]
+    return _hash(repr((SOURCE.read_bytes(), os.environ.get('CC'), FLAGS, processor)).encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(file))
+    loaded.fmd_timm_run.argtypes, loaded.fmd_timm_run.restype = [ctypes.POINTER(Call)], None
+    return loaded
+
+
+def _compiled(folder: Path) -> Path:
+    """A library in this folder, tested, by the first compiler that can make it: $CC or one of the usual ones."""
+    made, words = folder / 'c_conv.so', {}
+    compilers = [os.environ.get('CC', ''), *filter(shutil.which, ('cc', 'gcc', 'clang'))]
+    for openmp, compiler in itertools.product(OPENMP, filter(str.strip, compilers)):
+        try:
+            _run([*shlex.split(compiler), *FLAGS, *openmp, str(SOURCE), '-o', str(made), '-lm'], folder)
+            _run([sys.executable, '-I', __file__, str(made)], folder)
+            return made
+        except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:  # ValueError: an open quote
+            words[compiler] = f'{compiler}: {error}'
+    raise RuntimeError('; '.join(words.values()) or 'there is no C compiler')
+
+
+def _run(command: list[str], folder: Path) -> None:
+    environment = dict(os.environ, TMPDIR=str(folder))
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', timeout=120,
+        env=environment)
+    if done.returncode:
+        last_lines = ' '.join(done.stderr.strip().splitlines()[-3:])
+        raise RuntimeError(f'{subprocess.CalledProcessError(done.returncode, command[0])} {last_lines}')
+
+
+def _self_test(file: str) -> None:
+    """Attention and convolution of two small images against the formula in plain Python, in both layouts of kernels."""
+    B, K, I, O, H, W, hidden, taps = 2, 3, 16, 32, 3, 4, 5, 9
+    run, count = _load(Path(file)).fmd_timm_run, itertools.count()
+
+    def array(size: int) -> ctypes.Array:
+        return (ctypes.c_float * size)(*(math.cos(next(count)) for _ in range(size)))
+
+    def apply(linear, x: list[float]) -> list[float]:
+        weight, bias = linear
+        return [b + sum(weight[o * len(x) + i] * x[i] for i in range(len(x))) for o, b in enumerate(bias)]
+
+    def structure(linear) -> Linear:
+        weight, bias = linear
+        return Linear(*map(ctypes.addressof, linear), len(bias), len(weight) // len(bias))
+
+    x, weight, shift = array(B * H * W * I), array(K * O * taps * I), array(O)
+    bank = type(weight)(*(
+        weight[((k * O + o) * taps + t) * I + i]
+        for t in range(taps) for i in range(I) for k in range(K) for o in range(O)))
+    squeeze, kernel = (array(hidden * I), array(hidden)), (array(K * hidden), array(K))
+    gates = [(array(size * hidden), array(size)) for size in (I, O, taps)]
+
+    expected = []
+    for b in range(B):
+        image = x[b * H * W * I:(b + 1) * H * W * I]
+        features = [max(f, 0) for f in apply(squeeze, [sum(image[i::I]) / (H * W) for i in range(I)])]
+        share = [math.exp(s) for s in apply(kernel, features)]
+        in_attn, out_attn, tap_attn = ([1 / (1 + math.exp(-g)) for g in apply(gate, features)] for gate in gates)
+        mixed = [
+            in_attn[i] * tap_attn[t] * sum(share[k] * weight[((k * O + o) * taps + t) * I + i] for k in range(K))
+            for o in range(O) for t in range(taps) for i in range(I)]
+        for row, column, o in itertools.product(range(H), range(W), range(O)):
+            total = sum(
+                mixed[(o * taps + t) * I + i] * image[((row + t // 3 - 1) * W + column + t % 3 - 1) * I + i]
+                for t in range(taps) if 0 <= row + t // 3 - 1 < H and 0 <= column + t % 3 - 1 < W for i in range(I))
+            expected.append(shift[o] + out_attn[o] * total / sum(share))
+
+    maps = Maps(structure(squeeze), tuple(map(structure, gates)), structure(kernel), True)
+    conv = Conv(I, O, K, (3, 3), (1, 1), (1, 1), (1, 1), (H, W), (H, W), H + 2, W + 2, (H + 2) * (W + 2) * I, 1, 1)
+    y, padded, *memory = map(array, (B * H * W * O, conv.padded, *(B * n for n in (K, I, O, taps, I, hidden))))
+    kernel_attn, *attn, pooled, squeezed = map(ctypes.addressof, memory)
+    for kernels in dict(maps=maps, bank=bank), dict(weight=weight):
+        pointers = dict(kernels, conv=conv, x=x, shift=shift, padded=padded, y=y)
+        run(Call(
+            **{name: ctypes.addressof(t) for name, t in pointers.items()}, kernel_attn=kernel_attn, gates=tuple(attn),
+            pooled=pooled, squeezed=squeezed, batch=B, threads=2))
+        if not all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) for a, b in zip(y, expected)):
+            sys.exit('it computes something else than it should')
+
+
+if __name__ == '__main__':
+    _self_test(sys.argv[1])
