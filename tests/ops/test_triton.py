@@ -4,8 +4,9 @@ The interpreter is chosen before triton is imported, so these tests run in a pro
 """
 import os
 import random
+import subprocess
+import sys
 
-import processes
 import pytest
 import torch
 
@@ -49,10 +50,11 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 def test_in_the_interpreter(which):
     if INTERPRETED:
         pytest.skip('this is the interpreter')
-    done = processes.run(
-        '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', which, __file__,
-        env=dict(os.environ, TRITON_INTERPRET='1'), timeout=3600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', which, __file__],
+        env=dict(os.environ, TRITON_INTERPRET='1'), capture_output=True, text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.fixture(autouse=True)
