@@ -59,16 +59,24 @@ def prepare_for_inference(
     for conv_name, norm_name in _followed_by_norm(model):
         conv, norm = modules[conv_name], modules[norm_name]
         is_dynamic = isinstance(conv, DynamicConv2d)
-        model.set_submodule(conv_name, PreparedConv2d(conv, norm) if is_dynamic else fuse_conv_bn_eval(conv, norm))
+        fused = _prepared(conv_name, conv, norm) if is_dynamic else fuse_conv_bn_eval(conv, norm)
+        model.set_submodule(conv_name, fused)
         model.set_submodule(norm_name, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
     for name, module in list(model.named_modules()):
         if isinstance(module, DynamicConv2d):  # with no BatchNorm behind it
-            model.set_submodule(name, PreparedConv2d(module))
+            model.set_submodule(name, _prepared(name, module))
     model = model.requires_grad_(False).to(memory_format=torch.channels_last)
     if example_input is not None:
         with torch.inference_mode():
             model(example_input)
     return model
+
+
+def _prepared(name: str, conv: DynamicConv2d, norm: nn.BatchNorm2d | None = None) -> 'PreparedConv2d':
+    try:
+        return PreparedConv2d(conv, norm)
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}') from error
 
 
 class _Made(NamedTuple):
@@ -111,10 +119,10 @@ class PreparedConv2d(nn.Module):
         self._made: _Made | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._is_plain(x):
+        parameters = *self._parameters.values(), *self.attention._parameters.values()
+        if not self._is_plain(x, parameters):
             return self._by_operator(x)
         # Changes of a parameter are seen, except through `.data` in the same memory: PyTorch keeps no note of those.
-        parameters = *self._parameters.values(), *self.attention._parameters.values()
         state = [(t.data_ptr(), t._version) for t in parameters if t is not None]
         made = self._made
         if made is None or made.state != state:
@@ -125,11 +133,11 @@ class PreparedConv2d(nn.Module):
             algorithm = made.algorithms[key] = self._fastest(x, made)
         return self._by(algorithm, x, made.layer)
 
-    def _is_plain(self, x: Tensor) -> bool:
+    def _is_plain(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
         """Whether its own ways are open: on the CPU, where changes of the parameters are seen."""
         return (
             x.dtype == self.weight.dtype in (torch.float32, torch.float64) and x.device.type == 'cpu' and x.ndim == 4
-            and x.numel() > 0 and is_plain(x, self.weight) and not self.weight.is_inference()
+            and x.numel() > 0 and is_plain(x, *parameters) and not self.weight.is_inference()
         )
 
     def _by_operator(self, x: Tensor) -> Tensor:
@@ -148,6 +156,9 @@ class PreparedConv2d(nn.Module):
 
     def _fastest(self, x: Tensor, made: '_Made') -> ModuleType:
         """The algorithm for images of this size; that of C stands for attention and convolution in one call."""
+        *_, groups = self.conv_args
+        if x.shape[1] != groups * self.weight.shape[1]:
+            raise ValueError(f'x must have shape (B, {groups * self.weight.shape[1]}, H, W), got {tuple(x.shape)}')
         padded, attention = self._padded(x), Attention(*self.attention(x))
         check(padded, self.weight, attention, *self.conv_args)
         case = case_of(padded, self.weight, attention, *self.conv_args)

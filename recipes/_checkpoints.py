@@ -1,12 +1,21 @@
-"""Checkpoints of a training run: written beside their place and renamed, found again, and checked before use."""
-import json
+"""Checkpoints of a training run: written beside their place and renamed, found again, and checked before use.
+
+A checkpoint is `<output>/checkpoints/epoch_<n>`. What else is in that folder is left alone. Reading a checkpoint runs
+no code from it: weights, averaged ones too, are safetensors, progress is JSON, and accelerate reads the states of
+optimizer and random generators with `weights_only`.
+"""
 import os
+import re
 import shutil
 from pathlib import Path
 
+from _record import read_json, write_json
 from accelerate import Accelerator
+from safetensors.torch import load_model, save_model
+from timm.utils import ModelEmaV3
 
 KEPT = 2  # the last ones; the best is kept besides
+AVERAGED = 'averaged.safetensors'
 
 
 def check_output(output: Path, resume: str | None, model_bytes: int) -> Path | None:
@@ -16,6 +25,9 @@ def check_output(output: Path, resume: str | None, model_bytes: int) -> Path | N
         output: Folder of the run.
         resume: 'auto' for its last checkpoint (none yet: start anew), the folder of a checkpoint, or None to start.
         model_bytes: Size of the parameters.
+
+    Raises:
+        SystemExit: The folder can't be written, has too little space or holds another run, or there is no checkpoint.
     """
     checkpoints = output / 'checkpoints'
     probe = checkpoints / f'.writable-{os.getpid()}'
@@ -25,13 +37,16 @@ def check_output(output: Path, resume: str | None, model_bytes: int) -> Path | N
         probe.unlink()
     except OSError as error:
         raise SystemExit(f'--output {output} cannot be written: {error}') from error
+    found = find(checkpoints)
     # Weights, averaged weights and at most two optimizer states, in each kept checkpoint and the one being written.
     needed, free = 4 * model_bytes * (KEPT + 2), shutil.disk_usage(output).free
-    if free < needed:
-        raise SystemExit(f'--output {output} has {free // 2**20} MiB free, checkpoints need {needed // 2**20} MiB')
-    found = sorted(checkpoints.glob('epoch_*'))
+    # Those that are there already are among them.
+    taken = sum(path.stat().st_size for folder in found.values() for path in folder.rglob('*'))
+    if free + taken < needed:
+        raise SystemExit(
+            f'--output {output} has {free // 2**20} MiB free, checkpoints need {(needed - taken) // 2**20} MiB')
     if resume == 'auto':
-        return found[-1] if found else None
+        return found[max(found)] if found else None
     if resume is not None:
         if not (Path(resume) / 'progress.json').is_file():
             raise SystemExit(f"--resume must be 'auto' or the folder of a checkpoint with progress.json, got {resume}")
@@ -41,9 +56,16 @@ def check_output(output: Path, resume: str | None, model_bytes: int) -> Path | N
     return None
 
 
+def find(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints in the folder by their epoch."""
+    return {
+        int(match[1]): path for path in checkpoints.iterdir()
+        if (match := re.fullmatch(r'epoch_(\d+)', path.name)) and path.is_dir()}
+
+
 def read_progress(checkpoint: Path, settings: dict) -> dict:
     """The checkpoint's progress.json; refuses one whose settings are others."""
-    progress = json.loads((checkpoint / 'progress.json').read_text())
+    progress = read_json(checkpoint / 'progress.json')
     for name, value in settings.items():
         theirs = progress['settings'].get(name)
         if theirs != value:
@@ -51,9 +73,16 @@ def read_progress(checkpoint: Path, settings: dict) -> dict:
     return progress
 
 
-def save(accelerator: Accelerator, checkpoints: Path, progress: dict) -> None:
-    """Save the accelerator's state and `progress` (JSON), and drop the checkpoints no longer kept."""
-    folder = checkpoints / _name(progress['epochs_done'])
+def load(accelerator: Accelerator, checkpoint: Path, ema: ModelEmaV3 | None) -> None:
+    accelerator.load_state(str(checkpoint))
+    if ema:
+        load_model(ema.module, checkpoint / AVERAGED)
+
+
+def save(accelerator: Accelerator, checkpoints: Path, progress: dict, ema: ModelEmaV3 | None) -> None:
+    """Save the accelerator's state, the averaged weights and `progress`, and drop the checkpoints no longer kept."""
+    epoch = progress['epochs_done']
+    folder = checkpoints / f'epoch_{epoch:04d}'
     unfinished = checkpoints / f'.{folder.name}'
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -61,15 +90,12 @@ def save(accelerator: Accelerator, checkpoints: Path, progress: dict) -> None:
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (unfinished / 'progress.json').write_text(json.dumps(progress, indent=2))
+        if ema:
+            save_model(ema.module, str(unfinished / AVERAGED))
+        write_json(unfinished / 'progress.json', progress)
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was then resumed from an earlier one
-        unfinished.rename(folder)
-        saved = sorted(checkpoints.glob('epoch_*'))
-        for old in saved[:-KEPT]:
-            if old.name != _name(progress['best_epoch']):
-                shutil.rmtree(old)
+        unfinished.replace(folder)
+        for old, path in find(checkpoints).items():
+            if old <= epoch - KEPT and old != progress['best_epoch']:
+                shutil.rmtree(path)
     accelerator.wait_for_everyone()
-
-
-def _name(epoch: int) -> str:
-    return f'epoch_{epoch:04d}'

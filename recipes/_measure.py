@@ -1,15 +1,8 @@
-"""What the recipes report: accuracy over exactly the validation images, inference time, size, memory, circumstances."""
+"""What the recipes report: accuracy over exactly the validation images, inference time, size and memory."""
 import copy
-import os
-import platform
-import resource
-import shlex
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -97,48 +90,21 @@ def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     return counter.get_total_flops() / 2 / 1e9
 
 
-def use_all_cores(accelerator: Accelerator) -> None:
-    """Share out the cores where `accelerate launch` was not told how: it gives each process one thread."""
-    if accelerator.device.type == 'cpu' and torch.get_num_threads() == 1:
-        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // accelerator.num_processes, 1))
-
-
 def synchronize(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+    """Wait until the device has done what it was given."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory_mib(device: torch.device) -> float:
     """Peak of this process: allocated on the GPU, or resident on the CPU (with Python and its libraries)."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+    if sys.platform == 'win32':
+        import psutil  # accelerate needs it too
 
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # which Windows doesn't have
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of threads."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)'
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ('fmd-timm', 'torch', 'timm', 'accelerate', 'datasets')
-    return {'python': platform.python_version(), **{package: version(package) for package in packages}}
-
-
-def command_line(script: str = 'train.py') -> str:
-    """How this process was started, as one would type it."""
-    launcher = 'accelerate launch' if 'ACCELERATE_MIXED_PRECISION' in os.environ else 'python'
-    return f'{launcher} recipes/{script} {shlex.join(sys.argv[1:])}'.strip()
-
-
-def git_commit() -> str | None:
-    """The checkout's commit, '-dirty' if files differ from it; None outside of one."""
-    command = ['git', 'describe', '--always', '--abbrev=40', '--dirty', '--exclude=*']
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else None
+    unit = 1 if sys.platform == 'darwin' else 2**10  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

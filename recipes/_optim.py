@@ -5,8 +5,6 @@ from torch import Tensor, nn
 
 from fmd_timm import DynamicConv2d
 
-FREEZABLE = ('backbone', 'attention')
-
 
 def is_classifier(model: nn.Module, name: str) -> bool:
     """Whether the parameter of that name belongs to the classifier (the classifiers, in distilled networks)."""

@@ -6,16 +6,19 @@ Times are those of `timing.json`, measured in turn; accuracies are those of the 
 network's is a ratio, of times and rates the median of the ratios within each round; of accuracies it is the difference
 in percentage points, the mean over the seeds that both were trained with.
 """
-import argparse
-import itertools
-import json
+import sys
+
+from _arguments import parse_report
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+    arguments = parse_report(sys.argv[1:], __doc__)
+
 import statistics
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+import _pictures
+from _record import read_json, write_json, write_text
 
 from fmd_timm.scores import ies, ies_infer, rcs, rcs_infer
 
@@ -42,7 +45,6 @@ ROWS = (
     ('ies_infer', 'IES of inference, ms', 1),
     ('rcs_infer', 'RCS of inference, 1/s', 1),
 )
-MARKERS = 'osD^vP*X<>'
 
 
 def settings(record: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def settings(record: dict[str, Any]) -> dict[str, Any]:
 def read_records(folder: Path) -> dict[Path, dict[str, Any]]:
     """timing.json and the records of the finished runs, as far as they are there."""
     paths = [folder / 'timing.json', *sorted(folder.glob('*/seed_*/result.json'))]
-    return {path: json.loads(path.read_text()) for path in paths if path.exists()}
+    return {path: read_json(path) for path in paths if path.exists()}
 
 
 def check_comparable(records: dict[Path, dict[str, Any]]) -> None:
@@ -209,63 +211,6 @@ def _percent(ratio: float) -> str:
     return f'{abs(1 - ratio):.1%} {"less" if ratio < 1 else "more"}'.replace('%', ' %')
 
 
-def draw(comparison: dict[str, Any], time: str, time_label: str, score_label: str) -> Figure:
-    """Top-1 against a time, with lines of equal score: accuracy = time / score, straight lines through the origin.
-
-    Args:
-        comparison: As `compare` makes it.
-        time: 'epoch_seconds' or 'infer_ms_per_image'; the bars span its rounds, those of top-1 the standard deviation.
-        time_label: Of the axis.
-        score_label: Of the lines.
-    """
-    figure = Figure(figsize=(7, 4.5), layout='constrained')
-    axes = figure.subplots()
-    times, accuracies = [], []
-    for (name, figures), marker in zip(comparison['models'].items(), itertools.cycle(MARKERS)):
-        value, (low, high), top1 = figures[time], figures[f'{time}_range'], figures['top1']
-        times += [low, high]
-        accuracies += [top1['mean'] - (top1['std'] or 0), top1['mean'] + (top1['std'] or 0)]
-        axes.errorbar(
-            value, top1['mean'], xerr=[[value - low], [high - value]], yerr=top1['std'], fmt=marker,
-            color='black', markerfacecolor='black' if name == comparison['static'] else 'white', markersize=8,
-            capsize=3, elinewidth=0.8, label=name, zorder=3,
-        )
-    margin = max(0.25 * (max(accuracies) - min(accuracies)), 0.5)
-    bottom, top = max(min(accuracies) - margin, 0), max(accuracies) + margin
-    padding = 0.1 * (max(times) - min(times)) or 0.1 * max(times)
-    left, right = max(min(times) - padding, 0), max(times) + padding
-    lowest, highest = 100 * left / top, 100 * right / max(bottom, 1)
-    for score in MaxNLocator(7).tick_values(lowest, highest):
-        if lowest < score < highest:
-            axes.plot([0, right], [0, 100 * right / score], color='gray', linestyle='--', linewidth=0.7)
-            if top * score / 100 < right:
-                end, alignment = (top * score / 100, top), dict(ha='center', va='bottom')
-            else:
-                end, alignment = (right, 100 * right / score), dict(ha='left', va='center')
-            axes.annotate(f' {score:.4g}', end, color='dimgray', fontsize=8, **alignment)
-    axes.plot([], [], color='gray', linestyle='--', linewidth=0.7, label=score_label)
-    axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=time_label, ylabel='Top-1, %')
-    axes.legend(fontsize=8)
-    return figure
-
-
-def draw_training(comparison: dict[str, Any]) -> Figure:
-    return draw(comparison, 'epoch_seconds', 'Training epoch, s', 'equal IES, s')
-
-
-def draw_inference(comparison: dict[str, Any]) -> Figure:
-    return draw(comparison, 'infer_ms_per_image', 'Inference of one image, ms', 'equal IES of inference, ms')
-
-
-def save(figure: Figure, stem: Path) -> None:
-    """The figure as PNG and as SVG, whose text stays text and which is the same file for the same figure."""
-    for suffix, options in ('.png', dict(dpi=150)), ('.svg', dict(metadata=dict(Date=None))):
-        unfinished = stem.with_name(f'.{stem.name}{suffix}')
-        with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'fmd_timm'}):
-            figure.savefig(unfinished, **options)
-        unfinished.rename(stem.with_suffix(suffix))
-
-
 def write(folder: Path) -> str:
     """Write comparison.json, table.md and the pictures of the records in the folder; returns the table.
 
@@ -285,16 +230,13 @@ def write(folder: Path) -> str:
     if static not in runs:
         raise SystemExit(f'{folder} has no finished run of the static network {static}')
     comparison = compare(static, runs, timing)
-    for name, text in ('comparison.json', json.dumps(comparison, indent=2)), ('table.md', make_table(comparison)):
-        unfinished = folder / f'.{name}'
-        unfinished.write_text(text)
-        unfinished.rename(folder / name)
-    save(draw_training(comparison), folder / 'training')
-    save(draw_inference(comparison), folder / 'inference')
-    return make_table(comparison)
+    table = make_table(comparison)
+    write_json(folder / 'comparison.json', comparison)
+    write_text(folder / 'table.md', table)
+    _pictures.save(_pictures.draw_training(comparison), folder / 'training')
+    _pictures.save(_pictures.draw_inference(comparison), folder / 'inference')
+    return table
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', type=Path, help='output of recipes/compare.py')
-    print(write(parser.parse_args().folder))
+    print(write(**vars(arguments)))

@@ -1,22 +1,58 @@
-"""Networks that have weights already: found, pinned to the revision that is then recorded, and loaded.
+"""What a run starts from: names that the libraries know, and weights.
 
-A name is a folder that timm's `local-dir:` loads (of a training run, for instance), a Hub repository
-(`hf-hub:owner/name`, also `@revision`), or a model registered in timm whose weights are on the Hub (`resnet50.a1_in1k`,
-`resnet18_fmd.<tag>`). Only safetensors are read.
+Weights are found, pinned to the revision that is then recorded, and loaded. Their name is a folder that timm's
+`local-dir:` loads (of a training run, for instance), a Hub repository (`hf-hub:owner/name`, also `@revision`), or a
+model registered in timm whose weights are on the Hub (`resnet50.a1_in1k`, `resnet18_fmd.<tag>`). Only safetensors are
+read.
 """
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from _accelerator import usable_cores
+from _recipe import INFLATED, Recipe, refuse
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
 from huggingface_hub import hf_hub_download
 from timm.models import parse_model_name
 from torch import nn
 
+from fmd_timm import DynamicConv2d
+from fmd_timm.inflate import inflate_state_dict
 from fmd_timm.models._pretrained import WEIGHTS_NAME
 
+# What an inflated network's configuration has from the static network's.
+TAKEN_FROM_SOURCE = (
+    'input_size', 'pool_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'label_names', 'license')
 FORMS = 'a folder, hf-hub:owner/name or a model.tag registered in timm'
+
+
+def check_names(recipe: Recipe) -> None:
+    """Refuse a model that timm doesn't know, and a tracker that accelerate doesn't or that isn't installed.
+
+    Raises:
+        SystemExit: Names the option, those that there are, and what it is.
+    """
+    if recipe.model is not None and not timm.is_model(recipe.model):
+        refuse(recipe, 'model', f'a model registered in timm, such as {", ".join(timm.list_models("*_fmd*"))}')
+    trackers = ['none', *(tracker.value for tracker in get_available_trackers())]
+    if recipe.tracker not in trackers:
+        refuse(recipe, 'tracker', f'one of {", ".join(trackers)} (those that are installed)')
+
+
+def complete(recipe: Recipe, network: nn.Module, device: torch.device) -> Recipe:
+    """The recipe with what it leaves open said: by the network it starts from, and by the device it runs on."""
+    temperature = 30.0 if recipe.temperature is None and recipe.init is None else recipe.temperature
+    return dataclasses.replace(
+        recipe, model=recipe.model or network.pretrained_cfg['architecture'],
+        image_size=recipe.image_size or network.pretrained_cfg['input_size'][-1], temperature=temperature,
+        channels_last=device.type == 'cuda' if recipe.channels_last is None else recipe.channels_last,
+        num_workers=min(recipe.num_workers, usable_cores()),
+    )
 
 
 @dataclass(frozen=True)
@@ -96,3 +132,61 @@ def load_network(source: Source, what: str) -> nn.Module:
 
 def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def first_network(recipe: Recipe) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The network of --init and where its weights are from, for the run record; or --model on 'meta', and None."""
+    if recipe.init is None:
+        return timm.create_model(recipe.model, device='meta'), None
+    inflated = recipe.init.startswith(INFLATED)
+    source = find_source(recipe.init.removeprefix(INFLATED), '--init')
+    network = load_network(source, '--init')
+    cfg = network.pretrained_cfg
+    origin = dict(
+        weights=Path(source.asked).name if source.repo is None else source.asked, architecture=cfg['architecture'],
+        inflated=inflated, repo=source.repo, revision=source.revision, license=cfg.get('license'),
+    )
+    if cfg['input_size'][0] != 3:
+        raise SystemExit(f'--init must be a network for images of 3 channels, {recipe.init} has {cfg["input_size"][0]}')
+    if inflated:
+        network = inflate_into(recipe, network)
+    elif recipe.model not in (None, cfg['architecture']):
+        raise SystemExit(f'--init {recipe.init} is a {cfg["architecture"]}, but --model is {recipe.model!r}')
+    if recipe.freeze == 'attention' and first_dynamic(network) is None:
+        raise SystemExit(f'--freeze attention: {cfg["architecture"]} has no dynamic convolution')
+    return network, origin
+
+
+def first_dynamic(network: nn.Module) -> DynamicConv2d | None:
+    return next((module for module in network.modules() if isinstance(module, DynamicConv2d)), None)
+
+
+def inflate_into(recipe: Recipe, static: nn.Module) -> nn.Module:
+    """The network --model with the weights of the static one, inflated, and with its preprocessing and licence."""
+    theirs = static.pretrained_cfg['architecture']
+    if first_dynamic(static):
+        raise SystemExit(f'--init {recipe.init}: a {theirs} is dynamic already, leave out {INFLATED!r}')
+    set_seed(recipe.seed)  # of the attention's first layers
+    network = timm.create_model(recipe.model, num_classes=static.num_classes)
+    if first_dynamic(network) is None:
+        raise SystemExit(f'--model must be a dynamic network for --init {recipe.init}, got {recipe.model!r}')
+    try:
+        network.load_state_dict(inflate_state_dict(static.state_dict(), network, seed=recipe.seed))
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f'--init {recipe.init}: a {theirs} does not become a {recipe.model}: {error}') from error
+    taken = {k: v for k, v in static.pretrained_cfg.items() if k in TAKEN_FROM_SOURCE}
+    network.pretrained_cfg = {**network.pretrained_cfg, **taken}
+    return network
+
+
+def fit_classifier(network: nn.Module, label_names: list[str]) -> str:
+    """'kept', or 'new' where the network's classes are not these; its configuration says nothing of the old ones."""
+    cfg = dict(network.pretrained_cfg)
+    theirs = cfg.pop('label_names', None)
+    for key in 'label_descriptions', 'description', 'tag':
+        cfg.pop(key, None)
+    network.pretrained_cfg = cfg
+    if network.num_classes == len(label_names) and (not theirs or list(theirs) == label_names):
+        return 'kept'
+    network.reset_classifier(len(label_names))
+    return 'new'

@@ -10,9 +10,13 @@ each algorithm instead.
 Writes recipes/results/bench/<device>.json (<device>.layers.json). `--table` prints the README's table from all such
 files and measures nothing.
 """
-import argparse
-import datetime
-import json
+import sys
+
+from _arguments import METHODS, parse_bench
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+    arguments = parse_bench(sys.argv[1:], __doc__)
+
 import os
 import re
 import statistics
@@ -24,7 +28,8 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from _measure import command_line, device_name, git_commit, synchronize, versions
+from _measure import synchronize
+from _record import circumstances, device_name, read_json, write_json
 from torch import nn
 from tqdm import tqdm
 
@@ -35,7 +40,6 @@ from fmd_timm.ops.operator import algorithms
 
 RESULTS = Path(__file__).parent / 'results' / 'bench'
 IMAGE_SIZE = 224  # pixels
-METHODS = 'fmd', 'od', 'dy', 'cond'
 STATIC = 'static', 'static channels_last'
 WHAT = {  # case of the table -> its label, the variant that it is about
     'train': ('training step', 'fmd timed'),
@@ -115,7 +119,7 @@ def variants(name: str, mode: str, batch: int, device: torch.device) -> dict[str
     if mode == 'infer':
         add('static prepared', prepare_for_inference(timm.create_model(name)))
         add('fmd prepared', prepare_for_inference(timm.create_model(f'{name}_fmd')))
-    add("fmd as the authors'", as_the_authors(timm.create_model(f'{name}_fmd')))
+    add('fmd by reference', as_the_authors(timm.create_model(f'{name}_fmd')))
     return runs
 
 
@@ -248,7 +252,7 @@ def make_table() -> str:
     """The README's table, in Markdown: ratios of every device's file."""
     lines = []
     for path in sorted(RESULTS.glob('*.json')):
-        record = json.loads(path.read_text())
+        record = read_json(path)
         if record['what'] != 'networks':
             continue
         lines += [
@@ -262,46 +266,33 @@ def make_table() -> str:
             times = case['milliseconds']
             static = min(statistics.median(times[name]) for name in STATIC)
             threads = f', {case["threads"]} thread{"s" * (case["threads"] > 1)}' if case['threads'] else ''
-            ratios = ' | '.join(
-                f'{"**" * (run == chosen)}{ratio(times, run):.2f}{"**" * (run == chosen)}'
-                for run in (chosen, 'fmd', "fmd as the authors'", 'od timed', 'dy timed', 'cond timed'))
+            runs = [chosen, 'fmd', 'fmd by reference', 'od timed', 'dy timed', 'cond timed']
+            ratios = [f'{ratio(times, run if run in times else run.removesuffix(" timed")):.2f}' for run in runs]
+            ratios = ' | '.join([f'**{ratios[0]}**', *ratios[1:]])
             lines.append(f'| {case["model"]}, {mode}, batch {case["batch"]}{threads} | {static:.1f} ms | {ratios} |')
         lines.append('')
     return '\n'.join(lines).strip()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50'], help='static networks of timm')
-    parser.add_argument('--layers', action='store_true', help='time single layers')
-    parser.add_argument('--rounds', type=int, default=5, help='measurements of each (5)')
-    parser.add_argument('--table', action='store_true', help="print the README's table")
-    args = parser.parse_args()
-    if args.table:
+def main(models: list[str], layers: bool, rounds: int, table: bool) -> None:
+    if table:
         print(make_table())
         return
-    if args.rounds < 1:
-        raise SystemExit(f'--rounds must be at least 1, got {args.rounds}')
-    missing = [name for name in args.models if not all(timm.is_model(f'{name}_{method}') for method in METHODS)]
+    missing = [name for name in models if not all(timm.is_model(f'{name}_{method}') for method in METHODS)]
     if missing:
         raise SystemExit(f'--models must have dynamic forms ({", ".join(METHODS)}), got {", ".join(missing)}')
-
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    measured = (bench_layers if args.layers else bench_networks)(args.models, device, args.rounds)
+    measured = (bench_layers if layers else bench_networks)(models, device, rounds)
     record = dict(
-        what='layers' if args.layers else 'networks', device=device_name(device), device_type=device.type,
-        precision='bf16' if device.type == 'cuda' else 'fp32', image_size=IMAGE_SIZE, rounds=args.rounds,
-        command=command_line('bench.py'), versions=versions(), git_commit=git_commit(),
-        finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'), cases=measured,
+        what='layers' if layers else 'networks', device=device_name(device), device_type=device.type,
+        precision='bf16' if device.type == 'cuda' else 'fp32', image_size=IMAGE_SIZE, rounds=rounds,
+        **circumstances('bench.py'), cases=measured,
     )
-    RESULTS.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r'[^A-Za-z0-9]+', '_', record['device']).strip('_').lower()
-    path = RESULTS / f'{stem}{".layers" if args.layers else ""}.json'
-    unfinished = path.with_name(f'.{path.name}')
-    unfinished.write_text(json.dumps(record, indent=2) + '\n')
-    unfinished.rename(path)
+    path = RESULTS / f'{stem}{".layers" if layers else ""}.json'
+    write_json(path, record)
     print(f'wrote {path}')
 
 
 if __name__ == '__main__':
-    main()
+    main(**vars(arguments))

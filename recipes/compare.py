@@ -10,7 +10,13 @@ pictures `training` and `inference` (PNG and SVG).
 The same command goes on where it was stopped: finished runs are kept, an interrupted one resumes from its checkpoint. A
 run that fails does not end the others. The checkpoints of a finished run are removed.
 """
-import argparse
+import sys
+
+from _arguments import parse_compare
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+    arguments = parse_compare(sys.argv[1:], __doc__)
+
 import contextlib
 import dataclasses
 import os
@@ -18,57 +24,24 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import _report
 import timm
 import torch
-from _measure import device_name, use_all_cores, versions
+from _accelerator import runs_on_cuda, use_all_cores
+from _recipe import Recipe
+from _record import device_name, versions
+from _start import check_names, first_dynamic
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from train import PRESETS, Recipe, check_recipe, parse_arguments
+from accelerate.utils import broadcast_object_list, gather_object
 
-from fmd_timm import DynamicConv2d
-
-METHODS = 'cond', 'dy', 'od', 'fmd'
 RECIPES = Path(__file__).parent
-
-
-def parse_comparison(argv: list[str]) -> argparse.Namespace:
-    """preset, recipe, models, seeds, output, and the arguments for recipes/train.py that all runs share."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        usage='compare.py [preset] [--models NAME ...] [--seeds N] [--output FOLDER] [--option of train.py ...]',
-    )
-    parser.add_argument(
-        '--models', nargs='+', metavar='NAME', help='one static network and dynamic ones (those of the preset)')
-    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs per model, with seeds 0 to N - 1 (3)')
-    parser.add_argument('--output', type=Path, metavar='FOLDER', help='for the results (runs/compare_<preset>)')
-    args, shared = parser.parse_known_args(argv)
-    run = parse_arguments(shared)
-    usual = PRESETS[run.preset]
-    if (run.recipe.model, run.recipe.seed, run.resume) != (usual.model, usual.seed, None):
-        parser.error('--model, --seed and --resume are those of each run: see --models and --seeds')
-    if run.recipe.init or usual.model is None:
-        parser.error('a comparison trains from random weights: leave out --init and the preset finetune')
-    if args.seeds < 1:
-        parser.error(f'--seeds must be at least 1, got {args.seeds}')
-    models = args.models or [usual.model.replace('_fmd', infix) for infix in ('', *(f'_{m}' for m in METHODS))]
-    if len(set(models)) < len(models):
-        parser.error(f'--models names a model twice: {" ".join(models)}')
-    return argparse.Namespace(
-        preset=run.preset, recipe=run.recipe, models=models, seeds=args.seeds,
-        output=args.output or Path('runs', f'compare_{run.preset}'), shared=shared,
-    )
 
 
 def static_first(models: list[str]) -> list[str]:
     """The models, the one without dynamic convolutions first."""
-    static = [
-        name for name in models
-        if not any(isinstance(m, DynamicConv2d) for m in timm.create_model(name, device='meta').modules())
-    ]
+    static = [name for name in models if first_dynamic(timm.create_model(name, device='meta')) is None]
     if len(static) != 1:
         raise SystemExit(
             f'--models must hold exactly one static network, which the others are compared with, got '
@@ -107,12 +80,11 @@ def run_recipe(state: PartialState, script: str, arguments: list[str]) -> bool:
 def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Path, shared: list[str]) -> None:
     # What can be refused at once; recipes/_timing.py refuses the rest
     for name in models:
-        check_recipe(dataclasses.replace(recipe, model=name))
+        check_names(dataclasses.replace(recipe, model=name))
     models = static_first(models)
     state = PartialState(cpu=True)  # it only starts and watches others: the GPU is theirs
     use_all_cores(state)
-    on_gpu = torch.cuda.is_available() and not parse_flag_from_env('ACCELERATE_USE_CPU')
-    device = torch.device('cuda', state.local_process_index) if on_gpu else state.device
+    device = torch.device('cuda', state.local_process_index) if runs_on_cuda() else state.device
     found = _report.read_records(output)
     if found:
         here = dict(
@@ -153,4 +125,4 @@ def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Pat
 
 
 if __name__ == '__main__':
-    main(**vars(parse_comparison(sys.argv[1:])))
+    main(**vars(arguments))

@@ -4,7 +4,13 @@ Prints the most probable classes of each image with their names. The checkpoint 
 that timm's `local-dir:` loads), a Hub repository (`hf-hub:owner/name`) or a model with a tag that is registered in timm
 (`resnet18_fmd.<tag>`). An image is a file that Pillow reads, or a folder of such files.
 """
-import argparse
+import sys
+
+from _arguments import parse_predict
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+    arguments = parse_predict(sys.argv[1:], __doc__)
+
 from pathlib import Path
 
 import torch
@@ -16,18 +22,11 @@ from torch import nn
 import fmd_timm  # noqa: F401, registers the models
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, or registered model.tag')
-    parser.add_argument('images', nargs='+', type=Path, help='files, or folders of them')
-    parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print for each image (5)')
-    args = parser.parse_args()
-    if args.top < 1:
-        raise SystemExit(f'--top must be at least 1, got {args.top}')
-    paths = find_images(args.images)
-    model = load_network(find_source(args.checkpoint, 'checkpoint'), 'checkpoint').eval()
+def main(checkpoint: str, images: list[Path], top: int) -> None:
+    paths = find_images(images)
+    model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint').eval()
     if not model.num_classes:
-        raise SystemExit(f'checkpoint {args.checkpoint!r} has no classifier')
+        raise SystemExit(f'checkpoint {checkpoint!r} has no classifier')
     names = class_names(model)
     data_config = resolve_model_data_config(model)
     transform = create_transform(**data_config, is_training=False)
@@ -39,7 +38,7 @@ def main() -> None:
         with torch.inference_mode():
             probabilities = model(transform(image).unsqueeze(0).to(device)).float().softmax(dim=1)[0]
         print(path)
-        for probability, index in zip(*probabilities.topk(min(args.top, model.num_classes))):
+        for probability, index in zip(*probabilities.topk(min(top, model.num_classes))):
             print(f'{100 * probability.item():8.2f} %  {names[index]}')
 
 
@@ -84,4 +83,4 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 if __name__ == '__main__':
-    main()
+    main(**vars(arguments))

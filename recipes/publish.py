@@ -9,8 +9,13 @@ that commit is compared with what was sent.
 With --tag the run is also recorded in hub_cards/, so that `timm.create_model('<architecture>.<tag>', pretrained=True)`
 loads this very commit. Publishing a tag again replaces its record.
 """
-import argparse
-import json
+import sys
+
+from _arguments import parse_publish
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+    arguments = parse_publish(sys.argv[1:], __doc__)
+
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +25,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from _record import read_json, write_json, write_text
 from _start import sha256
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -35,16 +41,6 @@ RUN_FILES = WEIGHTS_NAME, CONFIG, RECORD
 HUB_CARDS = Path(__file__).parents[1] / 'hub_cards'  # of this checkout, wherever fmd_timm is installed
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--run', type=Path, required=True, help='folder that training wrote')
-    parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='model repository, made if there is none')
-    parser.add_argument('--tag', help='record it in hub_cards/ as <architecture>.<tag>')
-    parser.add_argument('--private', action='store_true', help='make the repository private')
-    parser.add_argument('--dry-run', action='store_true', help='check, then print what would be pushed')
-    return parser.parse_args()
-
-
 def check_names(repo: str, tag: str | None) -> None:
     try:
         validate_repo_id(repo)
@@ -56,9 +52,9 @@ def check_names(repo: str, tag: str | None) -> None:
         raise SystemExit(f"--tag must consist of letters, digits, '_' and '-', got {tag!r}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise SystemExit(f'{path} is not readable: {error}') from error
     if not isinstance(content, dict):
@@ -142,48 +138,44 @@ def push(api: HfApi, repo: str, private: bool, run: Path, card: ModelCard) -> di
 
 
 def write_record(name: str, record: dict[str, Any], card: ModelCard) -> None:
-    texts = {f'{name}.md': str(card), f'{name}.json': json.dumps(record, indent=2) + '\n'}  # last: it makes the tag
-    for file, text in texts.items():
-        tmp = HUB_CARDS / f'{file}.tmp'
-        tmp.write_text(text, encoding='utf-8', newline='\n')
-        tmp.replace(HUB_CARDS / file)
-        print(f'wrote {HUB_CARDS / file}')
+    write_text(HUB_CARDS / f'{name}.md', str(card))
+    write_json(HUB_CARDS / f'{name}.json', record)  # last: it makes the tag
+    print(f'wrote {HUB_CARDS / name}.md and .json')
 
 
-def main() -> None:
-    args = parse_args()
-    check_names(args.repo, args.tag)
-    missing = [name for name in RUN_FILES if not (args.run / name).is_file()]
+def main(run: Path, repo: str, tag: str | None, private: bool, dry_run: bool) -> None:
+    check_names(repo, tag)
+    missing = [name for name in RUN_FILES if not (run / name).is_file()]
     if missing:
-        raise SystemExit(f'--run {args.run} has no {", ".join(missing)}')
-    config, record = read_json(args.run / CONFIG), read_json(args.run / RECORD)
+        raise SystemExit(f'--run {run} has no {", ".join(missing)}')
+    config, record = read_object(run / CONFIG), read_object(run / RECORD)
     try:
-        card = make_card(record, args.repo)
+        card = make_card(record, repo)
     except ValueError as error:
-        raise SystemExit(f'{args.run / RECORD}: {error}') from error
-    network = load_network(args.run, config, record)
-    if args.tag:
-        check_tag(args.tag, record, config, network)
+        raise SystemExit(f'{run / RECORD}: {error}') from error
+    network = load_network(run, config, record)
+    if tag:
+        check_tag(tag, record, config, network)
 
-    if args.dry_run:
+    if dry_run:
         print(card)
-        print(f'would push to {args.repo}: {", ".join(RUN_FILES)} and the card above as {CARD}')
-        if args.tag:
-            print(f'would write {HUB_CARDS / record["model"]}.{args.tag}.json and .md')
+        print(f'would push to {repo}: {", ".join(RUN_FILES)} and the card above as {CARD}')
+        if tag:
+            print(f'would write {HUB_CARDS / record["model"]}.{tag}.json and .md')
         return
 
     api = HfApi(library_name='fmd_timm', library_version=fmd_timm.__version__)
     try:
-        check_access(api, args.repo, args.private)
+        check_access(api, repo, private)
         card.validate()
-        hub = push(api, args.repo, args.private, args.run, card)
+        hub = push(api, repo, private, run, card)
     except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
-        raise SystemExit(f'publishing to {args.repo} failed: {type(error).__name__}: {error}') from error
-    print(f'published {api.endpoint}/{args.repo}/tree/{hub["commit"]}')
-    if args.tag:
+        raise SystemExit(f'publishing to {repo} failed: {type(error).__name__}: {error}') from error
+    print(f'published {api.endpoint}/{repo}/tree/{hub["commit"]}')
+    if tag:
         pretrained_cfg = filter_pretrained_cfg(network.pretrained_cfg, remove_source=True)
-        write_record(f'{record["model"]}.{args.tag}', {**record, 'hub': hub, 'pretrained_cfg': pretrained_cfg}, card)
+        write_record(f'{record["model"]}.{tag}', {**record, 'hub': hub, 'pretrained_cfg': pretrained_cfg}, card)
 
 
 if __name__ == '__main__':
-    main()
+    main(**vars(arguments))

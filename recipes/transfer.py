@@ -9,18 +9,22 @@ Then networks learn the digits 5 to 9, all from the same batches in the same num
 
 Writes recipes/results/finetune/digits.json. The same command goes on where it was stopped.
 """
-import argparse
+import sys
+
+from _arguments import parse_transfer
+
+if __name__ == '__main__':  # before the imports below, which take seconds
+    arguments = parse_transfer(sys.argv[1:], __doc__)
+
 import dataclasses
-import datetime
-import json
 import shutil
 import statistics
 from pathlib import Path
 
 import datasets
 from _data import load_digits
-from _measure import command_line, git_commit
-from train import PRESETS, Recipe
+from _recipe import PRESETS, Recipe
+from _record import circumstances, read_json, write_json
 from train import main as train
 
 RESULT = Path(__file__).parent / 'results' / 'finetune' / 'digits.json'
@@ -45,7 +49,7 @@ def run(preset: str, recipe: Recipe, folder: Path) -> dict:
         print(f'{folder}:', flush=True)
         train(preset, recipe, folder, 'auto')
         shutil.rmtree(folder / 'checkpoints')
-    record = json.loads((folder / 'result.json').read_text())
+    record = read_json(folder / 'result.json')
     if record['recipe'] != dataclasses.asdict(recipe):
         raise SystemExit(f'{folder} holds a run with other settings: name another --output')
     return record
@@ -60,21 +64,15 @@ def summary(records: list[dict]) -> dict:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each, with seeds 0 to N - 1 (3)')
-    parser.add_argument('--output', type=Path, default=Path('runs/transfer'), help='folder of the runs')
-    args = parser.parse_args()
-    if args.seeds < 1:
-        raise SystemExit(f'--seeds must be at least 1, got {args.seeds}')
-    first, second = args.output / 'digits_0-4', args.output / 'digits_5-9'
+def main(seeds: int, output: Path) -> None:
+    first, second = output / 'digits_0-4', output / 'digits_5-9'
     write_half(range(0, 5), first)
     write_half(range(5, 10), second)
 
     shared = dict(epochs=EPOCHS, tracker='none', image_size=8, crop='pad', hflip=0.0, num_workers=0, batch_size=64)
     starts, arms = [], {}
-    for seed in range(args.seeds):
-        start = args.output / f'start_{seed}'
+    for seed in range(seeds):
+        start = output / f'start_{seed}'
         scratch = dataclasses.replace(PRESETS['digits'], **shared, dataset=str(second), seed=seed)
         finetune = dataclasses.replace(PRESETS['finetune'], **shared, dataset=str(second), seed=seed)
         pretrained = dataclasses.replace(
@@ -86,26 +84,21 @@ def main() -> None:
             inflated=('finetune', dataclasses.replace(finetune, model=DYNAMIC, init=f'inflated:{start}')),
         )
         for name, (preset, recipe) in recipes.items():
-            arms.setdefault(name, []).append(run(preset, recipe, args.output / f'{name}_{seed}'))
+            arms.setdefault(name, []).append(run(preset, recipe, output / f'{name}_{seed}'))
 
     last = arms['inflated'][-1]
     result = dict(
-        command=command_line('transfer.py'), seeds=args.seeds,
-        train_images=last['train_images'], validation_images=last['validation_images'],
+        seeds=seeds, train_images=last['train_images'], validation_images=last['validation_images'],
         steps=EPOCHS * (last['train_images'] // last['global_batch']), start=summary(starts),
         runs={name: summary(records) for name, records in arms.items()},
-        device=last['device'], versions=last['versions'], git_commit=git_commit(),
-        finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+        **dict(circumstances('transfer.py'), device=last['device'], versions=last['versions']),
     )
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = RESULT.with_name(f'.{RESULT.name}')
-    unfinished.write_text(json.dumps(result, indent=2) + '\n')
-    unfinished.rename(RESULT)
-    print(f'| {result["steps"]} steps on digits 5 to 9 | top-1, {args.seeds} seeds | loss |\n|---|---|---|')
+    write_json(RESULT, result)
+    print(f'| {result["steps"]} steps on digits 5 to 9 | top-1, {seeds} seeds | loss |\n|---|---|---|')
     for name, runs in result['runs'].items():
         loss = statistics.mean(runs['loss'])
         print(f'| {name} | {runs["top1_mean"]:.2f} ± {runs["top1_std"] or 0:.2f} | {loss:.4f} |')
 
 
 if __name__ == '__main__':
-    main()
+    main(**vars(arguments))

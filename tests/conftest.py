@@ -49,19 +49,21 @@ def hub(hub_server):
 
 @pytest.fixture
 def compiled():
-    """For tests of c_conv.c, which compiles wherever it can."""
-    if sys.platform != 'linux' or not shutil.which(os.environ.get('CC', 'cc')):
+    """For tests of c_conv.c: they fail where there is a compiler and it doesn't compile."""
+    if sys.platform != 'linux' or not any(map(shutil.which, ('cc', 'gcc', 'clang'))):
         pytest.skip('c_conv.c is for Linux with a C compiler')
     assert c_conv.is_available()
 
 
 @pytest.fixture
 def fresh_accelerator(monkeypatch):
-    """For tests that call `train.main`: this process goes on with other tests."""
-    import train
+    """For tests that call `train.main` or `_timing.main`: this process goes on with other tests."""
+    import _accelerator
+    import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    monkeypatch.setattr(train, 'use_all_cores', lambda accelerator: None)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)  # which _timing sets, and training on CUDA
+    monkeypatch.setattr(_accelerator, 'use_all_cores', lambda accelerator: None)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -10,7 +10,8 @@ import pytest
 
 SCRIPT = '''
 import json, os, sys
-print(json.dumps([sys.argv, sys.path, os.getcwd(), dict(os.environ), __name__, globals().get('__file__'), sys.stdin.read()]))
+file, stdin = globals().get('__file__'), sys.stdin.read()
+print(json.dumps([sys.argv, sys.path, os.getcwd(), dict(os.environ), __name__, file, stdin]))
 print('a warning', file=sys.stderr)
 sys.exit(int(sys.argv[-1]))
 '''

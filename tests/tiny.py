@@ -4,6 +4,7 @@ import json
 import sys
 
 import train
+from _recipe import PRESETS
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 
@@ -37,7 +38,7 @@ def tiny_static(pretrained: bool = False, **kwargs) -> CifarResNet:
 def make_recipe(folder, **changes):
     """Two epochs of the dynamic network on the images in `folder`, by the preset of the digits."""
     base = dict(model=NAME, dataset=str(folder), epochs=2, batch_size=16, warmup_epochs=0, tracker='none')
-    return dataclasses.replace(train.PRESETS['digits'], **dict(base, **changes))
+    return dataclasses.replace(PRESETS['digits'], **dict(base, **changes))
 
 
 def run(recipe, output, resume=None):
@@ -48,4 +49,4 @@ def run(recipe, output, resume=None):
 
 
 if __name__ == '__main__':
-    train.main(**vars(train.parse_arguments(sys.argv[1:])))
+    train.main(**vars(train.parse_train(sys.argv[1:])))

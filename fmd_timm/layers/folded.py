@@ -65,6 +65,10 @@ def linear_map(linear: nn.Linear, norm: nn.Module | None = None, temperature: Te
         norm: The BatchNorm behind its first rows, if there is one.
         temperature: What divides its result, if anything does.
     """
+    if type(linear) is not nn.Linear:
+        kind = f'{type(linear).__module__}.{type(linear).__name__}'
+        raise ValueError(
+            f'its attention must have torch.nn.Linear, got {kind}: prepare the network before it is quantized')
     weight = linear.weight.detach().clone()
     bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().clone()
     if norm is not None:

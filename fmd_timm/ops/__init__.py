@@ -61,8 +61,9 @@ def dynamic_conv2d(
             raise ValueError(f'bias must have shape {rows}, got {tuple(bias.shape)}; and be float, got {bias.dtype}')
         if isinstance(x, Tensor) and _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        run = operator.forward if operator.is_plain(x, weight) else torch.ops.fmd_timm.dynamic_conv2d
-        y = run(x, weight, kernel_attn, in_attn, out_attn, tap_attn, s, p, d, groups)
+        tensors = x, weight, kernel_attn, in_attn, out_attn, tap_attn
+        run = operator.forward if operator.is_plain(*tensors) else torch.ops.fmd_timm.dynamic_conv2d
+        y = run(*tensors, s, p, d, groups)
     if bias is None:
         return y
     return y + mixed_bias(bias, kernel_attn, out_attn).to(y.dtype)[:, :, None, None]

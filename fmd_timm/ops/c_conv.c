@@ -3,18 +3,21 @@
 
 #include <math.h>
 
-// WIDTH: floats of a vector, as wide as the processor's. COLUMNS: most pixels of a tile, whose sums fill the registers.
-// LOW, HIGH: which elements of two vectors a, b make the two halves of a0 b0 a1 b1 ...
+// WIDTH: floats of a vector, as wide as the processor's. PIXELS, VECTORS: the largest tile, whose sums fill the registers;
+// TILES: all tiles. LOW, HIGH: which elements of two vectors a and b make the two halves of a0 b0 a1 b1 ...
 #if defined(__AVX512F__)
-enum { WIDTH = 16, COLUMNS = 14 };
+enum { WIDTH = 16, PIXELS = 14, VECTORS = 2 };
+#define TILES(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11) DO(12) DO(13) DO(14)
 #define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
-enum { WIDTH = 8, COLUMNS = 6 };
+enum { WIDTH = 8, PIXELS = 3, VECTORS = 4 };
+#define TILES(DO) DO(1) DO(2) DO(3)
 #define LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
-enum { WIDTH = 4, COLUMNS = 6 };
+enum { WIDTH = 4, PIXELS = 6, VECTORS = 2 };
+#define TILES(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6)
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #endif
@@ -254,55 +257,52 @@ static void mix_rows(
         }
 }
 
-// Some pixels, side by side, times some of a panel: y (pixels, 2 * WIDTH) += x (n, pixels)^T panel (n, 2 * WIDTH).
+// Some pixels, side by side, times some of a panel: y (pixels, o) += x (n, pixels)^T panel (n, o), o = VECTORS * WIDTH.
 typedef struct {
     const float *x, *panel;
     float *y;
     long n, step;                // rows; from one row of x to the next
     long out_channels;           // from one pixel of y to the next
     int is_first;                // y is set
-    const float *scale, *shift;  // (2 * WIDTH), of the sums in the end
+    const float *scale, *shift;  // (o), of the sums in the end
     Run ahead;                   // is fetched meanwhile, a line for each row
 } Tile;
 
 static inline __attribute__((always_inline)) void multiply_tile(const Tile *t, const int pixels) {
     const float *x = t->x, *panel = t->panel;
-    const char *line = t->ahead.line, *end = line + t->ahead.length;
+    const char *line = t->ahead.line, *end = line ? line + t->ahead.length : 0;
     float *y = t->y;
     long out_channels = t->out_channels;
-    vec sums[COLUMNS][2] = {0};
+    vec sums[PIXELS][VECTORS] = {0}, scale[VECTORS], shift[VECTORS];
     if (!t->is_first)
         UNROLL for (int m = 0; m < pixels; m++)
-            for (int v = 0; v < 2; v++) sums[m][v] = *(const vec *)(y + m * out_channels + v * WIDTH);
+            for (int v = 0; v < VECTORS; v++) sums[m][v] = *(const vec *)(y + m * out_channels + v * WIDTH);
     for (long r = 0; r < t->n; r++, x += t->step, panel += O_BLOCK) {
-        vec left = *(const vec *)panel, right = *(const vec *)(panel + WIDTH);
         if (line) {
             __builtin_prefetch(line, 0, 2);
             if ((line += LINE) == end) end += t->ahead.length + t->ahead.gap, line += t->ahead.gap;
         }
-        UNROLL for (int m = 0; m < pixels; m++) {
-            sums[m][0] += x[m] * left;
-            sums[m][1] += x[m] * right;
-        }
+        // The registers that are left hold all weights of a row or all of its pixels, whichever are fewer.
+        const vec *weights = (const vec *)panel;
+        if (VECTORS > pixels)
+            for (int v = 0; v < VECTORS; v++) {
+                vec weight = weights[v];
+                UNROLL for (int m = 0; m < pixels; m++) sums[m][v] += x[m] * weight;
+            }
+        else
+            UNROLL for (int m = 0; m < pixels; m++)
+                for (int v = 0; v < VECTORS; v++) sums[m][v] += x[m] * weights[v];
     }
-    vec scale[2], shift[2];
-    for (int v = 0; v < 2; v++) scale[v] = ((const vec *)t->scale)[v], shift[v] = ((const vec *)t->shift)[v];
+    for (int v = 0; v < VECTORS; v++) scale[v] = ((const vec *)t->scale)[v], shift[v] = ((const vec *)t->shift)[v];
     UNROLL for (int m = 0; m < pixels; m++)
-        for (int v = 0; v < 2; v++) *(vec *)(y + m * out_channels + v * WIDTH) = sums[m][v] * scale[v] + shift[v];
+        for (int v = 0; v < VECTORS; v++)
+            *(vec *)(y + m * out_channels + v * WIDTH) = sums[m][v] * scale[v] + shift[v];
 }
 
-#define TILE(PIXELS) static void tile_##PIXELS(const Tile *t) { multiply_tile(t, PIXELS); }
-TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
-#if defined(__AVX512F__)
-TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12) TILE(13) TILE(14)
-#endif
-static void (*const tiles[])(const Tile *) = {
-    0, tile_1, tile_2, tile_3, tile_4, tile_5, tile_6,
-#if defined(__AVX512F__)
-    tile_7, tile_8, tile_9, tile_10, tile_11, tile_12, tile_13, tile_14,
-#endif
-};
-
+#define TILE(COUNT) static void tile_##COUNT(const Tile *t) { multiply_tile(t, COUNT); }
+TILES(TILE)
+#define NAME(COUNT) tile_##COUNT,
+static void (*const tiles[])(const Tile *) = {0, TILES(NAME)};
 static const float zeros[O_BLOCK], ones[O_BLOCK] = {[0 ... O_BLOCK - 1] = 1};
 
 // Output channels o to o + O_BLOCK of some rows of the result, which are counted through all images. For each tap, the
@@ -310,7 +310,7 @@ static const float zeros[O_BLOCK], ones[O_BLOCK] = {[0 ... O_BLOCK - 1] = 1};
 static void multiply(const Call *c, long o, long first_row, long last_row) {
     const Conv *conv = c->conv;
     long I = conv->in_channels, O = conv->out_channels, K = conv->num_kernels;
-    long height = conv->out_size[0], width = conv->out_size[1], parts = (width + COLUMNS - 1) / COLUMNS;
+    long height = conv->out_size[0], width = conv->out_size[1], parts = (width + PIXELS - 1) / PIXELS;
     long taps = conv->taps[0] * conv->taps[1], R = taps * I, step = conv->stride[1] * conv->columns;
     float panel[R_PANEL * O_BLOCK] __attribute__((aligned(LINE)));
     for (long start = 0, n; start < R; start += n) {
@@ -320,7 +320,7 @@ static void multiply(const Call *c, long o, long first_row, long last_row) {
         // Reading the kernels is what takes longest, so it must never pause: each tile fetches a run of the next panel.
         // Where there are fewer tiles than runs, the others are fetched while this panel is mixed.
         Source s = source(c, o, start, n);
-        long calls = (last_row - first_row) * parts * (O_BLOCK / (2 * WIDTH)), call = 0;
+        long calls = (last_row - first_row) * parts * (O_BLOCK / (VECTORS * WIDTH)), call = 0;
         Tile t = {.n = n, .step = step, .out_channels = O, .is_first = !start};
         int is_last = start + n == R;
         for (long image = first_row / height; image * height < last_row; image++) {
@@ -331,7 +331,7 @@ static void multiply(const Call *c, long o, long first_row, long last_row) {
                 &s, c->kernel_attn + image * K, in_attn, gate, K, call ? 2 * K : calls, panel);
             const float *x = c->padded + ((image * conv->rows + i) * I + channel) * step
                 + j % conv->stride[1] * conv->columns + j / conv->stride[1];
-            for (long to = o; to < o + O_BLOCK; to += 2 * WIDTH) {
+            for (long to = o; to < o + O_BLOCK; to += VECTORS * WIDTH) {
                 t.panel = panel + to - o;
                 t.scale = is_last && c->gates[OUT] ? c->gates[OUT] + image * O + to : ones;
                 t.shift = is_last && c->shift ? c->shift + to : zeros;

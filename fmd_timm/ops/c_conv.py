@@ -110,7 +110,8 @@ class Layer:
         self.parts = [num_kernels, *gate_sizes, in_channels, self.maps.squeeze.outputs]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The result of attention and convolution (B, O, H', W'), channels_last."""
+        """The result of attention and convolution (B, O, H', W'), channels_last; not of a layer without kernels."""
+        assert self.convolves
         x = self._checked(x)
         conv = _conv(*self.sizes, tuple(x.shape[2:]))
         if conv is None:

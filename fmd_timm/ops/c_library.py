@@ -90,6 +90,8 @@ def _cache_folder() -> Path:
     parent = Path(os.environ.get('XDG_CACHE_HOME', ''))
     if not parent.is_absolute():  # to be ignored, says the XDG specification
         parent = Path.home() / '.cache'
+    if not parent.is_absolute():
+        raise RuntimeError(f'{parent} is not an absolute path')
     folder = parent / 'fmd_timm'
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_private(folder):

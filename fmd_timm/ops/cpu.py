@@ -1,6 +1,4 @@
 """Dynamic convolution on the CPU: which algorithms are tried, and in which order."""
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
@@ -10,16 +8,16 @@ from .case import Attention, Case, Gradients
 __all__ = ['algorithms']
 
 
-def _backward_by_both(
-        grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
-    grad_x, grad_in_attn = per_image.image_gradient(grad_y, x, weight, attention, case)
-    grad_weight, gradients = im2col.kernel_gradient(grad_y, x, weight, attention, case)
-    return grad_x, grad_weight, gradients._replace(in_attn=grad_in_attn)
+class both:
+    """Of middle-sized images a convolution of a single one is still as fast as one of a batch, the gradient of its
+    kernel isn't."""
+    supports = staticmethod(im2col.supports)
 
-
-# Of middle-sized images a convolution of a single one is still as fast as one of a batch, the gradient of its kernel
-# isn't.
-both = SimpleNamespace(__name__='both', supports=im2col.supports, backward=_backward_by_both)
+    @staticmethod
+    def backward(grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
+        grad_x, grad_in_attn = per_image.image_gradient(grad_y, x, weight, attention, case)
+        grad_weight, gradients = im2col.kernel_gradient(grad_y, x, weight, attention, case)
+        return grad_x, grad_weight, gradients._replace(in_attn=grad_in_attn)
 
 
 def algorithms(question: str, case: Case) -> list:

@@ -40,7 +40,7 @@ def fastest(
         may_time = torch.backends.cudnn.benchmark
     if len(algorithms) == 1 or not may_time or torch.are_deterministic_algorithms_enabled():
         return algorithms[0]
-    key = question, case, torch.get_num_threads()
+    key = question, case, tuple(algorithms), torch.get_num_threads()
     if key not in _chosen:
         if case.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
             return algorithms[0]

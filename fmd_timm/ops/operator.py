@@ -79,15 +79,15 @@ def _result_size(x, weight, kernel_attn, stride, padding, dilation) -> tuple[int
     return x.shape[0], weight.shape[0] // (1 if kernel_attn is None else kernel_attn.shape[1]), height, width
 
 
-def is_plain(x: Tensor, weight: Tensor) -> bool:
+def is_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing but the result is wanted: no gradient, no graph, no other dtype, no tensor without memory.
 
     Then the operator can be left out: PyTorch's dispatcher takes as long as a small convolution.
     """
-    return type(x) is Tensor and isinstance(weight, Tensor) and not (
-        torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad) or torch.compiler.is_compiling()
-        or torch.jit.is_tracing() or x.is_meta or torch.is_autocast_enabled(x.device.type)
-        or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+    return type(x) is Tensor and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+        or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta
+        or torch.is_autocast_enabled(x.device.type) or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
     )
 
 

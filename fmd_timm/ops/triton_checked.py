@@ -145,7 +145,8 @@ def _difference(
     for name, value in expected.items():
         if value is None:
             continue
-        error = ((found[name].double() - value).norm() / value.norm()).item()
-        if not error <= TOLERANCES[case.dtype]:  # NaN, too
-            return f'in Triton the {"" if name == "result" else "gradient of "}{name} is off by {error:.1e}'
+        error, size = (found[name].double() - value).norm(), value.norm()
+        if not error <= TOLERANCES[case.dtype] * size:  # NaN, too
+            what = name if name == 'result' else f'gradient of {name}'
+            return f'in Triton the {what} is off by {(error / size).item():.1e}'
     return None

@@ -4,7 +4,7 @@ Everything inside is channels_last, and groups = 1. `triton_mix.py` mixes the ke
 and, for the gradient of the images, backward; the kernels' gradients are matrix products in PyTorch (`im2col.py`).
 
 No atomics: programs write partial sums that are added afterwards, so a result repeats bit for bit. Proven in Triton's
-interpreter and compiled ahead of time for sm_80 to sm_100; not yet run on a GPU.
+interpreter and compiled ahead of time for sm_80 to sm_120; not yet run on a GPU.
 """
 from typing import NamedTuple
 
@@ -30,8 +30,8 @@ class Tile(NamedTuple):
 # By channels and bytes of a number. As large as registers and the 99 KiB of shared memory allow that every GPU since
 # Ampere has, which is an estimate of what is fast.
 TILES = {
-    (64, 2): Tile(64, 128, 64, 4, 4),
-    (128, 2): Tile(128, 128, 64, 8, 3),
+    (64, 2): Tile(64, 128, 64, 8, 4),
+    (128, 2): Tile(128, 128, 32, 8, 4),
     (64, 4): Tile(64, 128, 16, 8, 2),
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from inputs import GOLDEN_CASES, check_against_the_authors_code, load_case, make_conv
 
-from fmd_timm import load_official_state_dict
+from fmd_timm import load_authors_state_dict
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=['float64', 'float32'])
@@ -21,7 +21,7 @@ def test_missing_and_unexpected_keys_are_named_and_nothing_is_loaded():
     before = {key: tensor.clone() for key, tensor in conv.state_dict().items()}
     state['attention.fcc.weight'] = state.pop('attention.fc.weight')
     with pytest.raises(ValueError, match=r"missing keys \['attention.fc.weight'\].*\['attention.fcc.weight'\]"):
-        load_official_state_dict(conv, state)
+        load_authors_state_dict(conv, state)
     assert all(torch.equal(tensor, before[key]) for key, tensor in conv.state_dict().items())
 
 
@@ -30,4 +30,4 @@ def test_a_wrong_shape_is_named():
     state = {key.removeprefix('state.'): tensor for key, tensor in golden.items() if key.startswith('state.')}
     conv = make_conv(dict(meta['case'], kernel_num=2), torch.float32)
     with pytest.raises(ValueError, match=r'weight is \(4, 24, 16, 3, 3\), expected \(2, 24, 16, 3, 3\)'):
-        load_official_state_dict(conv, state)
+        load_authors_state_dict(conv, state)

@@ -182,15 +182,6 @@ def test_in_c_outputs_and_gradients_stay_close_to_float64(shape, tap_attn, threa
         assert error < 1e-5, f'{name}: relative error {error:.1e}'
 
 
-@pytest.mark.parametrize('images', [1, 2, 5])
-def test_in_c_images_may_be_convolved_in_groups(images, monkeypatch, convolved_in_c):
-    tensors, conv_args = make_images(IN_C['batch'])
-    expected = dynamic_conv2d(**tensors, **conv_args)
-    monkeypatch.setattr(c_conv, 'GROUP_BYTES', images * 4 * 32 * 9 * 8)
-    assert torch.equal(dynamic_conv2d(**tensors, **conv_args), expected)
-    assert len(convolved_in_c) == 2
-
-
 @pytest.mark.parametrize('left_out', [(), ('in_attn',), ('out_attn',), ('bias',), ('in_attn', 'out_attn', 'bias')])
 def test_in_c_attention_and_bias_may_be_missing(left_out, convolved_in_c):
     tensors, conv_args = make_images(IN_C['batch'])
@@ -270,6 +261,16 @@ def test_gradients_have_the_layout_of_their_tensors(implementation):
     weight = tensors['weight'].detach().to(memory_format=torch.channels_last).requires_grad_()
     dynamic_conv2d(**dict(tensors, weight=weight), **conv_args).sum().backward()
     assert weight.grad.stride() == weight.stride()
+
+
+@pytest.mark.parametrize('name', ARGUMENTS)
+def test_a_single_argument_may_need_the_gradient(name):
+    """As the attention does where everything else is frozen."""
+    tensors, conv_args = make_inputs(*SHAPES['3x3'], tap_attn=True)
+    expected = torch.autograd.grad(dynamic_conv2d(**tensors, **conv_args).square().sum(), tensors[name])
+    frozen = {other: t if other == name else t.detach() for other, t in tensors.items()}
+    torch.testing.assert_close(
+        torch.autograd.grad(dynamic_conv2d(**frozen, **conv_args).square().sum(), frozen[name]), expected)
 
 
 def test_an_expanded_input_has_gradients():

@@ -6,12 +6,15 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
-from fmd_timm.ops import reference
+from fmd_timm import dynamic_conv2d
+from fmd_timm.ops import operator, reference, triton_checked
 from fmd_timm.ops.case import Attention, case_of
+from fmd_timm.ops.triton_checked import TritonConv
 
 pytest.importorskip('triton')
 
@@ -70,8 +73,8 @@ def nan_filled_memory():
 def small_tiles(monkeypatch):
     """That leave every size ragged, with several images a program."""
     from fmd_timm.ops import triton_conv, triton_mix
-    monkeypatch.setattr(
-        triton_conv, 'TILES', dict.fromkeys(triton_conv.TILES, triton_conv.Tile(16, 16, 16, 4, 2)))
+    tile = triton_conv.Tile(16, 16, 16, 4, 2)
+    monkeypatch.setattr(triton_conv, 'TILES', {(64, itemsize): tile for itemsize in (2, 4)})
     monkeypatch.setattr(triton_mix, 'BLOCK', 256)
     monkeypatch.setattr(triton_mix, 'SAMPLES', 2)
 
@@ -121,8 +124,8 @@ def check(x, weight, attention, case, channels=64, grad_y=None):
             assert got is None, name
             continue
         assert got.shape == value.shape, name
-        error = (got.double() - value).norm() / value.norm()
-        assert error < TOLERANCES[case.dtype], f'{name} is off by {error:.1e}'  # NaN too fails
+        error, size = (got.double() - value).norm(), value.norm()  # 0 if all taps see padding alone
+        assert error <= TOLERANCES[case.dtype] * size, f'{name} is off by {error / size:.1e}'  # NaN too fails
     assert results['y'].dtype == results['x'].dtype == case.dtype
 
 
@@ -202,10 +205,65 @@ def test_the_real_tiles(channels, dtype):
     check(*make_inputs(3, 3, 40, 136, (1, 3), (1, 2), (0, 1), 1, (12, 13), dtype), channels=channels)
 
 
+@runs_kernels
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_the_check_of_the_first_use_passes(dtype, small_tiles, monkeypatch):
+    monkeypatch.setattr(triton_checked, '_right', {})
+    *_, case = make_inputs(*CASES['3x3_stride'], dtype=dtype, without=())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert TritonConv(64, None).supports(case) and TritonConv(64, None).is_right(case)
+
+
+class Short:
+    """A kernel of which the last program is left out."""
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.kernel[(grid[0] - 1,)]
+
+
+@runs_kernels
+def test_the_check_of_the_first_use_notices_results_that_are_not_written(small_tiles, monkeypatch):
+    from fmd_timm.ops import triton_conv
+    monkeypatch.setattr(triton_checked, '_right', {})
+    monkeypatch.setattr(triton_conv, '_conv_kernel', Short(triton_conv._conv_kernel))
+    *_, case = make_inputs(*CASES['3x3_stride'])
+    with pytest.warns(UserWarning, match='the result is off by nan'):
+        assert not TritonConv(64, None).is_right(case)
+
+
+@runs_kernels
+@pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels_last'])
+def test_the_operator_lays_out_what_it_gets_from_here(channels_last, small_tiles, monkeypatch):
+    from fmd_timm.ops import triton_conv
+    x, weight, attention, case = make_inputs(*CASES['3x3_stride'])
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    tensors = [t for t in (x, weight, *attention[:3]) if t is not None]
+
+    def step():
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = dynamic_conv2d(*leaves, stride=case.stride, padding=case.padding)
+        return y, *torch.autograd.grad(y, leaves, random_like(y))
+
+    used, forward = [], triton_conv.forward
+    monkeypatch.setattr(triton_conv, 'forward', lambda *arguments: used.append(1) or forward(*arguments))
+    expected = step()
+    assert not used
+    monkeypatch.setattr(operator, 'algorithms', lambda question, case: [TritonConv(64, None)])
+    found = step()
+    assert used
+    for got, value in zip(found, expected):
+        torch.testing.assert_close(got, value)
+        assert got.stride() == value.stride()
+
+
 def random_shape(number):
     """One that is supported; sizes are those of the interpreter, or of a GPU."""
     rng = random.Random(number)
-    largest = 4 if DEVICE == 'cpu' else 24
+    largest = 3 if DEVICE == 'cpu' else 24
     kernel, stride, dilation = ((rng.randint(1, most), rng.randint(1, most)) for most in (3, 3, 2))
     padding = tuple(rng.randint(0, size // 2 * 2) for size in kernel)
     size = tuple(
@@ -216,10 +274,12 @@ def random_shape(number):
 
 
 @runs_kernels
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('numbers', [
-    range(4), *(pytest.param(range(start, start + 25), marks=slow) for start in range(100, 200, 25))], ids=str)
-def test_random_shapes(numbers, dtype, request):
+@pytest.mark.parametrize('dtype, numbers', [
+    (torch.float32, range(4)),
+    *(pytest.param(dtype, range(start, start + 20), marks=slow)
+      for dtype in DTYPES for start in range(100, 200, 20)),
+], ids=str)
+def test_random_shapes(dtype, numbers, request):
     from fmd_timm.ops import triton_conv
     if DEVICE == 'cpu':
         request.getfixturevalue('small_tiles')

@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _accelerator
+import _pictures
 import _report
 import _timing
 import compare
 import numpy as np
 import pytest
 import tiny
+import torch
 import train
+from _recipe import PRESETS
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
@@ -28,7 +32,7 @@ def run_here(state, script, arguments):
     """compare.run_recipe without a process of its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     module, parse = {
-        'train.py': (train, train.parse_arguments), '_timing.py': (_timing, _timing.parse_timing)}[script]
+        'train.py': (train, train.parse_train), '_timing.py': (_timing, _timing.parse_timing)}[script]
     module.main(**vars(parse(arguments)))
     return True
 
@@ -39,8 +43,9 @@ def must_not_run(state, script, arguments):
 
 def on_one_thread(patch):
     """This process goes on with other tests, and the records must be of one device."""
-    for module in compare, train:
+    for module in compare, _accelerator:
         patch.setattr(module, 'use_all_cores', lambda state: None)
+    patch.setattr(torch.backends.cudnn, 'benchmark', False)  # which timing sets
     patch.setattr(_timing, 'ROUNDS', 3)
     patch.setattr(_timing, 'STEPS', 2)
 
@@ -58,7 +63,7 @@ def fresh_accelerator(monkeypatch):
 def run(digits_folder, output, *options, models=(tiny.NAME, STATIC), seeds=2):
     argv = ['digits', '--models', *models, '--seeds', seeds, '--output', output, '--dataset', digits_folder,
             '--epochs', 2, '--batch-size', 16, '--warmup-epochs', 0, '--tracker', 'none', *options]
-    compare.main(**vars(compare.parse_comparison([str(argument) for argument in argv])))
+    compare.main(**vars(compare.parse_compare([str(argument) for argument in argv])))
 
 
 @pytest.fixture(scope='module')
@@ -144,7 +149,7 @@ def test_models_take_turns_and_the_order_turns_too(digits_folder, tmp_path, monk
 
     monkeypatch.setattr(_timing, 'time_inference', recorded)
     recipe = dataclasses.replace(
-        train.PRESETS['digits'], dataset=str(digits_folder), batch_size=16, tracker='none', accumulate=2, mixup=0.2,
+        PRESETS['digits'], dataset=str(digits_folder), batch_size=16, tracker='none', accumulate=2, mixup=0.2,
         ema_decay=0.9)
     _timing.main('digits', recipe, [STATIC, tiny.NAME], tmp_path)
     turns = list(zip(turns[::2], turns[1::2]))
@@ -153,6 +158,7 @@ def test_models_take_turns_and_the_order_turns_too(digits_folder, tmp_path, monk
     assert all(turn == later[::-1] for turn, later in zip(turns, turns[1:]))
     record = json.loads((tmp_path / 'timing.json').read_text())
     assert record['steps_per_epoch'] == 4 and record['versions'] and record['device']
+    assert record['cudnn_benchmark'] is True  # each with the algorithms that are fastest here
 
 
 def test_a_finished_comparison_is_only_written_again(copied, digits_folder):
@@ -189,7 +195,7 @@ def test_a_run_that_fails_loses_no_other_and_goes_on_from_its_checkpoint(
     (tmp_path / 'recipes' / 'train.py').write_text(f'''
 import os, signal, sys
 sys.path[:0] = {[str(compare.RECIPES), str(Path(tiny.__file__).parent)]!r}
-import _checkpoints, tiny, train
+import _accelerator, _checkpoints, tiny, train
 save = _checkpoints.save
 def save_and_die(*args):
     save(*args)
@@ -197,8 +203,8 @@ def save_and_die(*args):
         open({str(tmp_path / 'killed')!r}, 'w').close()
         os.kill(os.getpid(), signal.SIGKILL)
 _checkpoints.save = save_and_die
-train.use_all_cores = lambda state: None
-train.main(**vars(train.parse_arguments(sys.argv[1:])))
+_accelerator.use_all_cores = lambda state: None
+train.main(**vars(train.parse_train(sys.argv[1:])))
 ''')
     monkeypatch.setattr(compare, 'RECIPES', tmp_path / 'recipes')
     monkeypatch.setattr(compare, 'run_recipe', RUN_RECIPE)
@@ -277,7 +283,7 @@ def test_another_recipe_is_refused_in_the_folder_of_a_comparison(copied, digits_
 ])
 def test_options_that_are_not_of_a_comparison_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        compare.parse_comparison(['digits', *arguments])
+        compare.parse_compare(['digits', *arguments])
     assert message in capsys.readouterr().err
 
 
@@ -308,10 +314,10 @@ def test_bad_values_and_data_are_refused_before_any_model_is_trained(digits_fold
 
 
 def test_every_preset_is_compared_with_its_static_twin():
-    assert compare.parse_comparison(['cifar10']).models == [
+    assert compare.parse_compare(['cifar10']).models == [
         'resnet18_cifar', 'resnet18_cond_cifar', 'resnet18_dy_cifar', 'resnet18_od_cifar', 'resnet18_fmd_cifar']
     for preset in 'digits', 'cifar10', 'cifar100', 'imagenet':
-        args = compare.parse_comparison([preset, '--epochs', '7'])
+        args = compare.parse_compare([preset, '--epochs', '7'])
         assert args.seeds == 3 and args.output == Path('runs', f'compare_{preset}') and args.recipe.epochs == 7
         assert compare.static_first(args.models) == args.models
 
@@ -347,7 +353,7 @@ def test_a_model_without_a_right_answer_has_no_score():
     comparison = _report.compare('resnet18', runs, times)
     assert comparison['models']['resnet18_fmd']['ies'] is None
     assert '| IES, s | 25 | - |' in _report.make_table(comparison)
-    assert _report.draw_training(comparison) and _report.draw_inference(comparison)
+    assert _pictures.draw_training(comparison) and _pictures.draw_inference(comparison)
 
 
 @pytest.mark.parametrize('comparison', sorted(RESULTS.glob('*/comparison.json')), ids=lambda path: path.parent.name)

@@ -5,16 +5,18 @@ import json
 import re
 from pathlib import Path
 
+import _checkpoints
 import _data
 import _optim
 import _start
+import _training
 import datasets
 import pytest
 import timm
 import tiny
 import torch
 import torch.nn.functional as F
-import train
+from _recipe import FREEZABLE, PRESETS
 from accelerate.state import AcceleratorState
 from hub_server import Commit, Repo
 from safetensors.torch import load_file, save_file
@@ -72,7 +74,7 @@ def letters_folder(tmp_path_factory):
 def make_finetune(folder, checkpoint, **changes):
     base = dict(dataset=str(folder), init=str(checkpoint), epochs=1, batch_size=8, num_workers=0, tracker='none',
                 warmup_epochs=0, crop='pad', hflip=0.0)
-    return dataclasses.replace(train.PRESETS['finetune'], **dict(base, **changes))
+    return dataclasses.replace(PRESETS['finetune'], **dict(base, **changes))
 
 
 def weights_of(folder):
@@ -110,10 +112,10 @@ def test_as_many_classes_of_other_names_get_a_new_classifier():
     network = timm.create_model(tiny.NAME, num_classes=2)
     network.pretrained_cfg = dict(network.pretrained_cfg, label_names=['cat', 'dog'])
     fc = network.fc
-    assert train.fit_classifier(network, ['dog', 'cat']) == 'new' and network.fc is not fc
+    assert _start.fit_classifier(network, ['dog', 'cat']) == 'new' and network.fc is not fc
     assert 'label_names' not in network.pretrained_cfg
     fc = network.fc
-    assert train.fit_classifier(network, ['dog', 'cat']) == 'kept' and network.fc is fc  # whose names nobody knows
+    assert _start.fit_classifier(network, ['dog', 'cat']) == 'kept' and network.fc is fc  # whose names nobody knows
 
 
 @pytest.mark.parametrize('temperature, expected', [(None, 3.0), (30.0, 1.0)])
@@ -134,14 +136,14 @@ def test_a_resumed_fine_tune_ends_with_the_same_weights(letters_folder, checkpoi
     recipe = make_finetune(
         letters_folder, checkpoint, epochs=2, freeze='backbone', class_weights=True, ema_decay=0.9, mixup=0.2)
     uninterrupted = run(recipe, tmp_path / 'uninterrupted')
-    save = train._checkpoints.save
+    save = _checkpoints.save
 
-    def save_and_stop(accelerator, folder, progress):
-        save(accelerator, folder, progress)
+    def save_and_stop(accelerator, folder, progress, ema):
+        save(accelerator, folder, progress, ema)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._checkpoints, 'save', save_and_stop)
+        patch.setattr(_checkpoints, 'save', save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, tmp_path / 'resumed')
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -171,7 +173,7 @@ def test_a_run_is_not_resumed_from_other_weights_under_the_same_name(letters_fol
 @pytest.mark.parametrize('model', [tiny.NAME, tiny.COND])
 def test_an_inflated_network_starts_as_the_static_one(model, static, letters_folder):
     recipe = make_finetune(letters_folder, f'inflated:{static}', model=model)
-    network, origin = train.first_network(recipe)
+    network, origin = _start.first_network(recipe)
     expected = timm.create_model(f'local-dir:{static}', pretrained=True).eval()
     images = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
@@ -248,7 +250,7 @@ def test_a_registered_tag_is_loaded_at_the_commit_that_was_found(monkeypatch, tm
 # What learns, and how fast
 
 
-@pytest.mark.parametrize('part', _optim.FREEZABLE)
+@pytest.mark.parametrize('part', FREEZABLE)
 def test_only_what_is_not_frozen_changes(part, letters_folder, checkpoint, tmp_path):
     run(make_finetune(letters_folder, checkpoint, freeze=part, weight_decay=0.1), tmp_path)
     before = weights_of(checkpoint)
@@ -329,7 +331,7 @@ def test_the_loss_weighs_each_image_by_its_class(letters_folder, checkpoint, tmp
             seen.append((logits.detach().double(), labels, losses.detach().double()))
             return losses
 
-    monkeypatch.setattr(train.nn, 'CrossEntropyLoss', Recorder)
+    monkeypatch.setattr(_training.nn, 'CrossEntropyLoss', Recorder)
     run(make_finetune(letters_folder, checkpoint, class_weights=True, smoothing=0.3), tmp_path)
     weights = 40 / (3 * torch.tensor([24.0, 12.0, 4.0], dtype=torch.float64))
     for logits, labels, losses in seen:

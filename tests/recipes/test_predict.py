@@ -1,5 +1,4 @@
 """recipes/predict.py: the classes of images, with their names."""
-import sys
 from types import SimpleNamespace
 
 import predict
@@ -35,10 +34,9 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def run(monkeypatch, capsys, *arguments):
+def run(capsys, *arguments):
     """Lines as printed: a path, then its classes."""
-    monkeypatch.setattr(sys, 'argv', ['predict.py', *map(str, arguments)])
-    predict.main()
+    predict.main(**vars(predict.parse_predict([str(argument) for argument in arguments])))
     return capsys.readouterr().out.splitlines()
 
 
@@ -50,8 +48,8 @@ def expected(checkpoint, path, top):
     return [f'{100 * p.item():8.2f} %  {NAMES[i]}' for p, i in zip(*probabilities.topk(top))]
 
 
-def test_files_and_folders_are_classified_with_the_names_of_the_checkpoint(checkpoint, pictures, monkeypatch, capsys):
-    lines = run(monkeypatch, capsys, checkpoint, pictures / 'b.png', pictures, '--top', 2)
+def test_files_and_folders_are_classified_with_the_names_of_the_checkpoint(checkpoint, pictures, capsys):
+    lines = run(capsys, checkpoint, pictures / 'b.png', pictures, '--top', 2)
     first, second = pictures / 'a' / 'c.JPG', pictures / 'b.png'
     assert lines == [
         str(second), *expected(checkpoint, second, 2), str(first), *expected(checkpoint, first, 2), str(second),
@@ -59,8 +57,8 @@ def test_files_and_folders_are_classified_with_the_names_of_the_checkpoint(check
     ]
 
 
-def test_there_are_no_more_classes_than_the_network_has(checkpoint, pictures, monkeypatch, capsys):
-    lines = run(monkeypatch, capsys, checkpoint, pictures / 'b.png', '--top', 99)
+def test_there_are_no_more_classes_than_the_network_has(checkpoint, pictures, capsys):
+    lines = run(capsys, checkpoint, pictures / 'b.png', '--top', 99)
     assert sorted(line.partition('%  ')[2] for line in lines[1:]) == NAMES
     assert sum(float(line.partition('%')[0]) for line in lines[1:]) == pytest.approx(100, abs=0.1)
 
@@ -89,7 +87,7 @@ def test_imagenet_checkpoints_of_timm_have_imagenets_names():
     assert len(names) == 1000 and names[0].startswith('tench')
 
 
-def test_bad_arguments_are_named(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_named(checkpoint, pictures, tmp_path, capsys):
     broken = tmp_path / 'broken.png'
     broken.write_bytes((pictures / 'b.png').read_bytes()[:40])
     (tmp_path / 'empty').mkdir()
@@ -102,4 +100,4 @@ def test_bad_arguments_are_named(checkpoint, pictures, tmp_path, monkeypatch, ca
         (('resnet18_fdm', pictures), "checkpoint must be a folder, hf-hub:owner/name or .*got 'resnet18_fdm'"),
     ]:
         with pytest.raises(SystemExit, match=message):
-            run(monkeypatch, capsys, *arguments)
+            run(capsys, *arguments)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -106,9 +105,8 @@ def published(hub, checkout):
 def publish_offline(monkeypatch):
     """recipes/publish.py in this process, where no connection can be made."""
     def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['publish.py', *map(str, args)])
         monkeypatch.setattr(socket.socket, 'connect', lambda *_: pytest.fail('this takes no network'))
-        publish.main()
+        publish.main(**vars(publish.parse_publish([str(arg) for arg in args])))
     return run
 
 
@@ -193,9 +191,9 @@ sys.path.insert(0, 'recipes')
 import publish
 for token, repo in {list(REFUSED)}:
     os.environ['HF_TOKEN'] = token
-    sys.argv = ['publish.py', '--run', {str(small_run)!r}, '--repo', repo]
+    arguments = publish.parse_publish(['--run', {str(small_run)!r}, '--repo', repo])
     try:
-        publish.main()
+        publish.main(**vars(arguments))
     except SystemExit as refusal:
         print(refusal.code)
 """)

@@ -17,6 +17,7 @@ import timm
 import tiny
 import torch
 import train
+from _recipe import PRESETS, Recipe, check_recipe
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import make_recipe, run
@@ -24,14 +25,14 @@ from tiny import make_recipe, run
 from fmd_timm.layers import annealed_temperature
 
 RECIPES = Path(train.__file__).parent
+PATH = os.pathsep.join(map(str, (RECIPES, Path(tiny.__file__).parent, RECIPES.parent)))  # of processes
 
 pytestmark = pytest.mark.usefixtures('fresh_accelerator')
 
 
 def launch(count, *command):
     """tests/tiny.py as recipes/train.py on several CPU processes, which `accelerate launch --cpu` does not start."""
-    path = os.pathsep.join([str(RECIPES), str(Path(tiny.__file__).parent)])
-    for done in processes.launch(count, *command, env=dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONPATH=path)):
+    for done in processes.launch(count, *command, env=dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONPATH=PATH)):
         assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -45,6 +46,7 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     assert result['parameters'] == sum(p.numel() for p in timm.create_model(tiny.NAME).parameters())
     assert result['gmacs'] > 0 and result['peak_memory_mib'] > 0 and result['infer_ms_per_image'] > 0
     assert {'torch', 'timm', 'fmd-timm'} <= result['versions'].keys()
+    assert result['cudnn_benchmark'] == result['channels_last'] == (result['device_type'] == 'cuda')
     assert list((tmp_path / 'logs').rglob('events*'))
 
     model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
@@ -70,8 +72,8 @@ def test_a_resumed_run_ends_with_the_same_weights(digits_folder, tmp_path, monke
 
     save = _checkpoints.save
 
-    def save_and_stop(accelerator, folder, progress):
-        save(accelerator, folder, progress)
+    def save_and_stop(accelerator, folder, progress, ema):
+        save(accelerator, folder, progress, ema)
         if progress['epochs_done'] == 2:
             raise KeyboardInterrupt
 
@@ -113,16 +115,33 @@ def test_the_seed_fixes_the_run(digits_folder, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_two_processes_count_every_validation_image_once(digits_folder, tmp_path, monkeypatch, capsys):
-    arguments = ['digits', '--model', tiny.NAME, '--dataset', digits_folder, '--epochs', 1, '--batch-size', 16,
-                 '--tracker', 'none']
-    launch(2, tiny.__file__, *arguments, '--output', tmp_path / 'two')
+def test_two_processes_evaluate_the_same_network_and_count_every_image_once(
+        digits_folder, tmp_path, monkeypatch, capsys):
+    """Though each has trained on its own images: networks with and without averaged weights."""
+    script = tmp_path / 'script.py'
+    script.write_text(f'''
+import os, sys
+import tiny, torch, train
+evaluate = train.evaluate
+
+def recorded(training, *args):
+    metrics = evaluate(training, *args)
+    networks = training.model.module, training.ema.module
+    torch.save([network.state_dict() for network in networks], {str(tmp_path)!r} + '/networks' + os.environ['RANK'])
+    return metrics
+
+train.evaluate = recorded
+train.main(**vars(train.parse_train(sys.argv[1:])))
+''')
+    launch(2, script, 'digits', '--model', tiny.NAME, '--dataset', digits_folder, '--epochs', 1, '--batch-size', 16,
+           '--tracker', 'none', '--ema-decay', 0.9, '--output', tmp_path / 'two')
+    for first, second in zip(*(torch.load(tmp_path / f'networks{rank}') for rank in (0, 1))):
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     two = json.loads((tmp_path / 'two' / 'result.json').read_text())
     assert two['device_count'] == 2 and two['validation_images'] == 50
     monkeypatch.setattr(evaluate, 'use_all_cores', lambda accelerator: None)
-    command = ['evaluate.py', tmp_path / 'two', '--dataset', digits_folder, '--num-workers', 0]
-    monkeypatch.setattr(sys, 'argv', [str(argument) for argument in command])
-    evaluate.main()
+    evaluate.main(**vars(evaluate.parse_evaluate(
+        [str(tmp_path / 'two'), '--dataset', str(digits_folder), '--num-workers', '0'])))
     lines = dict(line.split(': ', 1) for line in capsys.readouterr().out.splitlines() if ': ' in line)
     assert lines['top-1'] == f'{two["top1"]:.2f}' and lines['loss'] == f'{two["loss"]:.4f}'
     assert lines['images'] == '50'
@@ -139,7 +158,7 @@ def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(di
     script = tmp_path / 'script.py'
     script.write_text(f'''
 import os, sys
-import _data, tiny, train
+import _data, _training, tiny, train
 
 seeded = _data._seeded
 
@@ -150,14 +169,14 @@ def recorded(seed, epoch, row):
 
 _data._seeded = recorded
 
-class Recorder(train.nn.CrossEntropyLoss):
+class Recorder(_training.nn.CrossEntropyLoss):
     def forward(self, logits, labels):
         with open({str(tmp_path)!r} + '/labels' + os.environ['RANK'], 'a') as file:
             file.write(' '.join(map(str, labels.tolist())) + chr(10))
         return super().forward(logits, labels)
 
-train.nn.CrossEntropyLoss = Recorder
-train.main(**vars(train.parse_arguments(sys.argv[1:])))
+_training.nn.CrossEntropyLoss = Recorder
+train.main(**vars(train.parse_train(sys.argv[1:])))
 ''')
     launch(2, script, 'digits', '--model', tiny.NAME, '--dataset', tmp_path / 'rows', '--epochs', 2, '--batch-size', 16,
            '--tracker', 'none', '--output', tmp_path / 'run')
@@ -196,23 +215,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
 
 
 def test_every_preset_is_valid_and_help_shows_its_values(capsys):
-    for preset, recipe in train.PRESETS.items():
-        train.check_recipe(recipe if recipe.model else dataclasses.replace(recipe, init='hf-hub:acme/digits'))
+    for preset, recipe in PRESETS.items():
+        check_recipe(recipe if recipe.model else dataclasses.replace(recipe, init='hf-hub:acme/digits'))
         with pytest.raises(SystemExit) as exit:
-            train.parse_arguments([preset, '--help'])
+            train.parse_train([preset, '--help'])
         assert exit.value.code == 0
         text = capsys.readouterr().out
         assert f'({recipe.dataset})' in text and f'({recipe.lr})' in text
-        for field in dataclasses.fields(train.Recipe):
+        for field in dataclasses.fields(Recipe):
             assert '--' + field.name.replace('_', '-') in text
-    assert train.parse_arguments(['cifar10', '--lr', '0.2', '--no-channels-last']).recipe == dataclasses.replace(
-        train.PRESETS['cifar10'], lr=0.2, channels_last=False)
+    assert train.parse_train(['cifar10', '--lr', '0.2', '--no-channels-last']).recipe == dataclasses.replace(
+        PRESETS['cifar10'], lr=0.2, channels_last=False)
 
 
 @pytest.mark.parametrize('arguments', [['cifar11'], ['digits', '--learning-rate', '1'], ['digits', '--epochs', 'many']])
 def test_unknown_presets_and_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
-        train.parse_arguments(arguments)
+        train.parse_train(arguments)
     assert 'error: ' in capsys.readouterr().err
 
 

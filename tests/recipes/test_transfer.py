@@ -1,7 +1,6 @@
 """recipes/transfer.py: equal runs of all starts, a record of them, and what the README says of it."""
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import _data
@@ -20,8 +19,8 @@ def test_every_start_gets_the_same_seeds_and_steps_and_a_finished_run_is_kept(
     monkeypatch.setattr(transfer, 'STATIC', tiny.STATIC)
     monkeypatch.setattr(transfer, 'DYNAMIC', tiny.NAME)
     monkeypatch.setattr(transfer, 'RESULT', tmp_path / 'results' / 'digits.json')
-    monkeypatch.setattr(sys, 'argv', ['transfer.py', '--seeds', '2', '--output', str(tmp_path / 'runs')])
-    transfer.main()
+    arguments = transfer.parse_transfer(['--seeds', '2', '--output', str(tmp_path / 'runs')])
+    transfer.main(**vars(arguments))
     result = json.loads((tmp_path / 'results' / 'digits.json').read_text())
     assert result['runs'].keys() == {'scratch', 'static', 'inflated'}
     assert result['start']['init'] == [None, None]
@@ -35,11 +34,11 @@ def test_every_start_gets_the_same_seeds_and_steps_and_a_finished_run_is_kept(
 
     monkeypatch.setattr(transfer, 'train', lambda *args: pytest.fail('it is finished'))
     capsys.readouterr()
-    transfer.main()
+    transfer.main(**vars(arguments))
     assert f'| inflated | {result["runs"]["inflated"]["top1_mean"]:.2f} ± ' in capsys.readouterr().out
     monkeypatch.setattr(transfer, 'EPOCHS', 5)
     with pytest.raises(SystemExit, match='scratch_0 holds a run with other settings: name another --output'):
-        transfer.main()
+        transfer.main(**vars(arguments))
 
 
 def test_the_readme_says_what_the_record_says():

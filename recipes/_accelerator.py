@@ -1,0 +1,76 @@
+"""The processes of a run and their devices."""
+import datetime
+import os
+from pathlib import Path
+
+import torch
+from _recipe import Recipe
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast, parse_flag_from_env
+from torch import nn
+
+# How long the processes may wait for one another. The first one downloads, converts and decodes the images for all,
+# which takes hours for ImageNet; NCCL would end the others after 10 minutes.
+PROCESS_GROUP = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
+
+
+def runs_on_cuda() -> bool:
+    """Whether accelerate chooses CUDA."""
+    return torch.cuda.is_available() and not parse_flag_from_env('ACCELERATE_USE_CPU')
+
+
+def auto_precision() -> str:
+    """'bf16' on GPUs that compute in it, else 'fp32'. Older GPUs only emulate it, many times slower than float32."""
+    in_hardware = runs_on_cuda() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return 'bf16' if in_hardware else 'fp32'
+
+
+def make_accelerator(recipe: Recipe, output: Path) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        SystemExit: Its processes can't share out the recipe's batches.
+    """
+    precision = auto_precision() if recipe.precision == 'auto' else recipe.precision
+    accelerator = Accelerator(
+        mixed_precision='no' if precision == 'fp32' else precision,
+        gradient_accumulation_steps=recipe.accumulate,
+        # batch_size is over all processes, so that a recipe means the same on any number of them
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, use_seedable_sampler=True, data_seed=recipe.seed, non_blocking=True),
+        kwargs_handlers=[
+            PROCESS_GROUP,
+            # The buffers are sent before an evaluation, by broadcast_buffers below, and not before every step.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+        log_with=None if recipe.tracker == 'none' else recipe.tracker,
+        project_config=ProjectConfiguration(output, logging_dir=output / 'logs'),
+    )
+    use_all_cores(accelerator)
+    parts = accelerator.num_processes * recipe.accumulate * (2 if recipe.mixup or recipe.cutmix else 1)
+    if recipe.batch_size % parts:
+        raise SystemExit(
+            f'--batch-size must be a multiple of {parts} (processes, accumulation steps, pairs of mixup and CutMix), '
+            f'got {recipe.batch_size}'
+        )
+    return accelerator
+
+
+def broadcast_buffers(*modules: nn.Module) -> None:
+    """Give all processes the buffers of the first one.
+
+    In training each process takes BatchNorm's statistics of its own images, so without this they would evaluate
+    different networks.
+    """
+    broadcast([buffer for module in modules for buffer in module.buffers()])
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which Linux alone tells apart from those that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def use_all_cores(state: Accelerator | PartialState) -> None:
+    """Share out the cores where `accelerate launch` was not told how: it gives each process one thread."""
+    if state.device.type == 'cpu' and torch.get_num_threads() == 1:
+        torch.set_num_threads(max(usable_cores() // state.num_processes, 1))

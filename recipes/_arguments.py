@@ -1,0 +1,157 @@
+"""What each command takes, parsed with the standard library alone.
+
+Each command parses its arguments first and imports the rest after that: torch, timm, accelerate and datasets take
+seconds, and a typo is to be answered at once. `description` is the command's docstring.
+"""
+import argparse
+import dataclasses
+from pathlib import Path
+
+from _recipe import PRESETS, VALIDATION_SPLITS, Recipe, check_recipe
+
+METHODS = 'cond', 'dy', 'od', 'fmd'
+
+
+def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+
+def parse_recipe(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    """preset, recipe, output and resume, with no value checked."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument('preset', nargs='?', choices=PRESETS, default='digits')
+    preset = first.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0].preset
+
+    parser = make_parser(description, prog='train.py')
+    parser.add_argument('preset', nargs='?', choices=PRESETS, default='digits', help='the published run to start from')
+    parser.add_argument('--output', type=Path, help='folder for the results (runs/<preset>)')
+    parser.add_argument('--resume', metavar='auto|FOLDER', help="checkpoint to go on from; 'auto' is the output's last")
+    options = parser.add_argument_group(f'values of the preset {preset}')
+    for field in dataclasses.fields(Recipe):
+        value = getattr(PRESETS[preset], field.name)
+        kwargs = dict(default=value, help=f'{field.metadata["help"]} ({value})'.replace('%', '%%'))
+        kind = next(k for k in getattr(field.type, '__args__', (field.type,)) if k is not type(None))
+        if kind is bool:
+            kwargs['action'] = argparse.BooleanOptionalAction
+        else:
+            kwargs |= dict(type=kind, metavar=kind.__name__)
+        options.add_argument('--' + field.name.replace('_', '-'), **kwargs)
+    args = vars(parser.parse_args(argv))
+    output, resume, preset = args.pop('output'), args.pop('resume'), args.pop('preset')
+    return argparse.Namespace(
+        preset=preset, recipe=Recipe(**args), output=output or Path('runs', preset), resume=resume)
+
+
+def parse_train(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    """preset, recipe, output and resume."""
+    run = parse_recipe(argv, description)
+    check_recipe(run.recipe)
+    return run
+
+
+def parse_timing(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    """preset, recipe, models and output."""
+    parser = make_parser(description, allow_abbrev=False)
+    parser.add_argument('--models', nargs='+', required=True, metavar='NAME', help='models registered in timm')
+    args, rest = parser.parse_known_args(argv)
+    run = parse_recipe(rest)
+    check_recipe(dataclasses.replace(run.recipe, model=args.models[0]))
+    return argparse.Namespace(preset=run.preset, recipe=run.recipe, models=args.models, output=run.output)
+
+
+def parse_compare(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    """preset, recipe, models, seeds, output, and the arguments for recipes/train.py that all runs share."""
+    parser = make_parser(
+        description, allow_abbrev=False,
+        usage='compare.py [preset] [--models NAME ...] [--seeds N] [--output FOLDER] [--option of train.py ...]',
+    )
+    parser.add_argument(
+        '--models', nargs='+', metavar='NAME', help='one static network and dynamic ones (those of the preset)')
+    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs per model, with seeds 0 to N - 1 (3)')
+    parser.add_argument('--output', type=Path, metavar='FOLDER', help='for the results (runs/compare_<preset>)')
+    args, shared = parser.parse_known_args(argv)
+    run = parse_recipe(shared)
+    usual = PRESETS[run.preset]
+    if (run.recipe.model, run.recipe.seed, run.resume) != (usual.model, usual.seed, None):
+        parser.error('--model, --seed and --resume are those of each run: see --models and --seeds')
+    if run.recipe.init or usual.model is None:
+        parser.error('a comparison trains from random weights: leave out --init and the preset finetune')
+    if args.seeds < 1:
+        parser.error(f'--seeds must be at least 1, got {args.seeds}')
+    models = args.models or [usual.model.replace('_fmd', infix) for infix in ('', *(f'_{m}' for m in METHODS))]
+    if len(set(models)) < len(models):
+        parser.error(f'--models names a model twice: {" ".join(models)}')
+    check_recipe(run.recipe)
+    return argparse.Namespace(
+        preset=run.preset, recipe=run.recipe, models=models, seeds=args.seeds,
+        output=args.output or Path('runs', f'compare_{run.preset}'), shared=shared,
+    )
+
+
+def parse_report(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('folder', type=Path, help='output of recipes/compare.py')
+    return parser.parse_args(argv)
+
+
+def parse_evaluate(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('checkpoint', help='folder, hf-hub:org/name, or registered model.tag')
+    parser.add_argument('--dataset', required=True, help="'digits', a dataset id on the Hub, or a folder")
+    parser.add_argument('--split', help=f'the first of {", ".join(VALIDATION_SPLITS)} by default')
+    parser.add_argument('--image-column', help='column of images; found from the features')
+    parser.add_argument('--label-column', help='column of labels; found from the features')
+    parser.add_argument('--batch-size', type=int, default=256, help='images per step, over all processes (256)')
+    parser.add_argument('--num-workers', type=int, default=4, help='data loading processes per process (4)')
+    return parser.parse_args(argv)
+
+
+def parse_predict(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, or registered model.tag')
+    parser.add_argument('images', nargs='+', type=Path, help='files, or folders of them')
+    parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print for each image (5)')
+    args = parser.parse_args(argv)
+    if args.top < 1:
+        raise SystemExit(f'--top must be at least 1, got {args.top}')
+    return args
+
+
+def parse_publish(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('--run', type=Path, required=True, help='folder that training wrote')
+    parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='model repository, made if there is none')
+    parser.add_argument('--tag', help='record it in hub_cards/ as <architecture>.<tag>')
+    parser.add_argument('--private', action='store_true', help='make the repository private')
+    parser.add_argument('--dry-run', action='store_true', help='check, then print what would be pushed')
+    return parser.parse_args(argv)
+
+
+def parse_bench(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50'], help='static networks of timm')
+    parser.add_argument('--layers', action='store_true', help='time single layers')
+    parser.add_argument('--rounds', type=int, default=5, help='measurements of each (5)')
+    parser.add_argument('--table', action='store_true', help="print the README's table")
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise SystemExit(f'--rounds must be at least 1, got {args.rounds}')
+    return args
+
+
+def parse_first_gpu(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('--output', type=Path, default=Path('gpu_report.md'), help='the report (gpu_report.md)')
+    parser.add_argument('--dry-run', action='store_true', help='on the CPU, scaled down')
+    return parser.parse_args(argv)
+
+
+def parse_transfer(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each, with seeds 0 to N - 1 (3)')
+    parser.add_argument('--output', type=Path, default=Path('runs/transfer'), help='folder of the runs')
+    args = parser.parse_args(argv)
+    if args.seeds < 1:
+        raise SystemExit(f'--seeds must be at least 1, got {args.seeds}')
+    return args

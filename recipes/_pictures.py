@@ -1,0 +1,67 @@
+"""The pictures of a comparison: accuracy against time, with lines of equal score. They need no colour."""
+import itertools
+from pathlib import Path
+from typing import Any
+
+from _record import replacing
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+MARKERS = 'osD^vP*X<>'
+
+
+def draw(comparison: dict[str, Any], time: str, time_label: str, score_label: str) -> Figure:
+    """Top-1 against a time, with lines of equal score: accuracy = time / score, straight lines through the origin.
+
+    Args:
+        comparison: As `compare` makes it.
+        time: 'epoch_seconds' or 'infer_ms_per_image'; the bars span its rounds, those of top-1 the standard deviation.
+        time_label: Of the axis.
+        score_label: Of the lines.
+    """
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.subplots()
+    times, accuracies = [], []
+    for (name, figures), marker in zip(comparison['models'].items(), itertools.cycle(MARKERS)):
+        value, (low, high), top1 = figures[time], figures[f'{time}_range'], figures['top1']
+        times += [low, high]
+        accuracies += [top1['mean'] - (top1['std'] or 0), top1['mean'] + (top1['std'] or 0)]
+        axes.errorbar(
+            value, top1['mean'], xerr=[[value - low], [high - value]], yerr=top1['std'], fmt=marker,
+            color='black', markerfacecolor='black' if name == comparison['static'] else 'white', markersize=8,
+            capsize=3, elinewidth=0.8, label=name, zorder=3,
+        )
+    margin = max(0.25 * (max(accuracies) - min(accuracies)), 0.5)
+    bottom, top = max(min(accuracies) - margin, 0), max(accuracies) + margin
+    padding = 0.1 * (max(times) - min(times)) or 0.1 * max(times)
+    left, right = max(min(times) - padding, 0), max(times) + padding
+    lowest, highest = 100 * left / top, 100 * right / max(bottom, 1)
+    for score in MaxNLocator(7).tick_values(lowest, highest):
+        if lowest < score < highest:
+            axes.plot([0, right], [0, 100 * right / score], color='gray', linestyle='--', linewidth=0.7)
+            if top * score / 100 < right:
+                end, alignment = (top * score / 100, top), dict(ha='center', va='bottom')
+            else:
+                end, alignment = (right, 100 * right / score), dict(ha='left', va='center')
+            axes.annotate(f' {score:.4g}', end, color='dimgray', fontsize=8, **alignment)
+    axes.plot([], [], color='gray', linestyle='--', linewidth=0.7, label=score_label)
+    axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=time_label, ylabel='Top-1, %')
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_training(comparison: dict[str, Any]) -> Figure:
+    return draw(comparison, 'epoch_seconds', 'Training epoch, s', 'equal IES, s')
+
+
+def draw_inference(comparison: dict[str, Any]) -> Figure:
+    return draw(comparison, 'infer_ms_per_image', 'Inference of one image, ms', 'equal IES of inference, ms')
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """The figure as PNG and as SVG, whose text stays text and which is the same file for the same figure."""
+    for suffix, options in ('.png', dict(dpi=150)), ('.svg', dict(metadata=dict(Date=None))):
+        with replacing(stem.with_suffix(suffix)) as unfinished:
+            with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'fmd_timm'}):
+                figure.savefig(unfinished, **options)
