@@ -7,12 +7,12 @@ from torch import Tensor
 
 from .layers import DynamicConv2d, FMDAttention, FMDConv2d, ODConv2d, ODConvAttention
 
-__all__ = ['load_official_state_dict']
+__all__ = ['load_authors_state_dict']
 
 Parts = list[tuple[str, tuple[int, ...]]]  # the authors' key and shape of each part
 
 
-def load_official_state_dict(module_or_model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+def load_authors_state_dict(module_or_model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Load a state_dict with the authors' names and shapes into an `FMDConv2d`, an `ODConv2d` or a whole network.
 
     Outside the dynamic convolutions their networks and ours use the same names. Their checkpoints hold no temperatures,
@@ -32,13 +32,13 @@ def load_official_state_dict(module_or_model: nn.Module, state_dict: dict[str, T
     for name, conv in module_or_model.named_modules():
         if isinstance(conv, (FMDConv2d, ODConv2d)):
             prefix = f'{name}.' if name else ''
-            for key, parts in _official_parts(conv).items():
-                parts_of[prefix + key] = [(prefix + official, shape) for official, shape in parts]
+            for key, parts in _authors_parts(conv).items():
+                parts_of[prefix + key] = [(prefix + theirs, shape) for theirs, shape in parts]
             # the authors' softmax over one kernel; ours has none
             if conv.num_kernels == 1 and isinstance(conv, FMDConv2d):
                 without_effect |= {f'{prefix}attention2.{key}' for key in ('fc1.weight', 'fc2.weight', 'fc2.bias')}
 
-    expected = {official: shape for parts in parts_of.values() for official, shape in parts}
+    expected = {theirs: shape for parts in parts_of.values() for theirs, shape in parts}
     missing = sorted(expected.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - expected.keys() - without_effect)
     misfits = [
@@ -51,13 +51,13 @@ def load_official_state_dict(module_or_model: nn.Module, state_dict: dict[str, T
             f'missing keys {missing}, unexpected keys {unexpected}, shapes {misfits}'
         )
     converted = {
-        key: torch.cat([state_dict[official].flatten() for official, _ in parts]).reshape(target[key].shape)
+        key: torch.cat([state_dict[theirs].flatten() for theirs, _ in parts]).reshape(target[key].shape)
         for key, parts in parts_of.items() if parts
     }
     module_or_model.load_state_dict(converted, strict=False)
 
 
-def _official_parts(conv: DynamicConv2d) -> dict[str, Parts]:
+def _authors_parts(conv: DynamicConv2d) -> dict[str, Parts]:
     """Our key -> the authors' tensors that stand in it one after the other; none for the temperatures."""
     parts = {'weight': [('weight', (conv.num_kernels, conv.out_channels, *conv.weight.shape[1:]))]}
     if conv.bias is not None:

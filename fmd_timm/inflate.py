@@ -1,17 +1,17 @@
 """A dynamic network grown out of a static one, which computes the same until it is trained.
 
-Each of the K kernels is the static kernel, scaled for what the constant attention of `DynamicAttention.make_constant`
-takes away, plus a perturbation, and the perturbations sum to zero over the K kernels. The attention's last linear maps
-are zero: their own gradient is not, and from the second training step on neither are those of the layers before them.
+The attention starts constant (`DynamicAttention.make_constant`). Each of the K kernels is the static kernel plus a
+perturbation, divided by what the constant attention multiplies it with. The perturbations sum to zero over the K
+kernels. The attention's last linear maps start at zero. Their gradient is not zero, so the layers before them get one
+from the second training step on.
 
-Start a fine-tune at temperature 1, which an inflated network has, and leave it there. High temperatures are there to
-make a random attention uniform, so that all kernels learn; this one is uniform already, and a temperature T divides the
-gradients its last layers learn from by T. The attention of a trained dynamic checkpoint has learned at the temperature
-that is saved with it: keep it, a higher one would undo that.
+Fine-tune at temperature 1, which an inflated network has. A high temperature makes a random attention uniform, so that
+all kernels learn. This attention is uniform already, and a temperature T would divide the gradients of its last layers
+by T. A trained dynamic checkpoint has learned at the temperature that is saved with it: keep that one.
 
-Use an adaptive optimizer such as AdamW. Through gates of 1/2 and shares of 1/K a kernel of FMDConv with K = 4 gets 1/16
-of the static kernel's gradient, and what the four move counts 1/4: with the learning rate of a static network SGD would
-move the mixed kernel 1/64 as far.
+Use an adaptive optimizer such as AdamW. In FMDConv with K = 4, both gates are 1/2 and kernel_attn is 1/4: each kernel
+gets 1/16 of the static kernel's gradient, and the gates multiply its change by 1/4. SGD with the learning rate of the
+static network would move the mixed kernel 1/64 as far.
 """
 import copy
 import logging
@@ -41,7 +41,7 @@ def inflate(
         static_model: A CNN, for instance a trained one of timm. It stays as it is.
         conv_layer: `CondConv2d`, `DyConv2d`, `ODConv2d` or `FMDConv2d`.
         num_kernels: K.
-        noise: Largest perturbation of a kernel's weight, as a share of the weight. 0 gives K equal kernels, which a
+        noise: Largest perturbation of a kernel's weight, relative to the weight. 0 gives K equal kernels, which a
             softmax attention can't tell apart: they would stay equal.
         seed: Of the perturbations and of the attention's first layers.
         **dynamic_args: Arguments of `make_dynamic`, such as `filter_fn`, and of `conv_layer.like`.
@@ -152,8 +152,8 @@ def _grow(static: Tensor, num_kernels: int, noise: float, generator: torch.Gener
     """
     kernels = []
     for _ in range(num_kernels // 2):
-        share, swap = torch.rand(2, *static.shape, generator=generator).to(static.device)
-        larger = static * (1 + noise * share).to(static.dtype)
+        amount, swap = torch.rand(2, *static.shape, generator=generator).to(static.device)
+        larger = static * (1 + noise * amount).to(static.dtype)
         smaller = 2 * static - larger
         kernels += [torch.where(swap < 0.5, larger, smaller), torch.where(swap < 0.5, smaller, larger)]
     if num_kernels % 2:

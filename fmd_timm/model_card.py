@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .layers import METHODS
+
 __all__ = ['make_card', 'results_table']
 
 REQUIRED = (
@@ -23,10 +25,7 @@ MAY_BE_NONE = (
     'train_images_per_second', 'infer_images_per_second', 'peak_memory_mib', 'git_commit',
 )
 
-PAPERS = {  # by `method`
-    'CondConv': 'https://arxiv.org/abs/1904.04971', 'DyConv': 'https://arxiv.org/abs/1912.03458',
-    'ODConv': 'https://arxiv.org/abs/2209.07947', 'FMDConv': 'https://arxiv.org/abs/2503.17530',
-}
+ARXIV = {layer.method: layer.arxiv for layer in METHODS.values()}
 
 TABLE = Template('''\
 | | |
@@ -184,6 +183,12 @@ def results_table(record: dict[str, Any]) -> str:
     ).rstrip()
 
 
+def _convolutions(method: str | None) -> str:
+    if method is None:
+        return 'static convolutions'
+    return f'the dynamic convolutions of [{method}](https://arxiv.org/abs/{ARXIV[method]})'
+
+
 def _origin(init: dict[str, Any] | None) -> str:
     if init is None:
         return 'random weights'
@@ -279,7 +284,7 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         height=height,
         topk=min(5, record['num_classes']),
         model_args=f'`{json.dumps(record["model_args"])}`' if record['model_args'] else 'default arguments',
-        convolutions=f'the dynamic convolutions of [{method}]({PAPERS[method]})' if method else 'static convolutions',
+        convolutions=_convolutions(method),
         differences=_differences(record),
         article=ARTICLE if method == 'FMDConv' else '',
         init=_origin(init),

@@ -17,7 +17,6 @@ from _arguments import METHODS, parse_bench
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_bench(sys.argv[1:], __doc__)
 
-import os
 import re
 import statistics
 import time
@@ -28,6 +27,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from _accelerator import usable_cores
 from _measure import synchronize
 from _record import circumstances, device_name, read_json, write_json
 from torch import nn
@@ -156,7 +156,7 @@ def cases(device: torch.device) -> list[tuple[str, int, int]]:
     """Mode, batch and threads of the CPU."""
     if device.type == 'cuda':
         return [('train', 128, 0), ('train', 256, 0), ('infer', 128, 0), ('infer', 1, 0)]
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return [('infer', 1, threads) for threads in sorted({1, cores})] + [('infer', 16, cores), ('train', 16, cores)]
 
 

@@ -5,14 +5,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fmd_timm import load_official_state_dict, set_temperature
+from fmd_timm import load_authors_state_dict, set_temperature
 
 KERNEL_TEMPERATURE, GATE_TEMPERATURE = 34.0, 5.0
 RTOL = 1e-9  # of the largest value, float64
 NARROW = dict(channels=(8, 16, 24, 32), num_classes=7, zero_init_last=False)
 
 
-class OfficialConv2d(nn.Module):
+class AuthorsFMDConv2d(nn.Module):
     """FMDConv of K = 4 kernels, image by image, with the parameters named and shaped as in the authors' code."""
 
     def __init__(self, conv):
@@ -43,7 +43,7 @@ class OfficialConv2d(nn.Module):
         return torch.stack(images) * out_attn
 
 
-class OfficialODConv2d(nn.Module):
+class AuthorsODConv2d(nn.Module):
     """ODConv of K = 4 kernels, image by image, with the parameters named and shaped as in the authors' code."""
 
     def __init__(self, conv):
@@ -73,7 +73,7 @@ class OfficialODConv2d(nn.Module):
         return torch.stack(images) * torch.sigmoid(logits['filter_fc'])
 
 
-def make_official(name, layer=OfficialConv2d, **kwargs):
+def make_theirs(name, layer=AuthorsFMDConv2d, **kwargs):
     """timm's ResNet with `layer` in its residual blocks, every parameter and statistic random."""
     model = timm.create_model(name, **kwargs)
     for stage in model.layer1, model.layer2, model.layer3, model.layer4:
@@ -112,21 +112,21 @@ def assert_close(actual, expected):
     ('resnet50', 'od', dict(NARROW, layers=(2, 1, 1, 1))),
 ], ids=['basic', 'bottleneck', 'wide', 'odconv'])
 def test_network_with_the_authors_checkpoint_equals_theirs(name, method, args, training, implementation):
-    official = make_official(name, OfficialODConv2d if method == 'od' else OfficialConv2d, **args)
+    theirs = make_theirs(name, AuthorsODConv2d if method == 'od' else AuthorsFMDConv2d, **args)
     model = timm.create_model(f'{name}_{method}', conv_bias=method == 'fmd', **args).double()
-    load_official_state_dict(model, official.state_dict())
+    load_authors_state_dict(model, theirs.state_dict())
     set_temperature(model, kernel=KERNEL_TEMPERATURE, gate=GATE_TEMPERATURE)
     torch.manual_seed(1)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     results = []
-    for network in official, model:
+    for network in theirs, model:
         x = images.clone().requires_grad_()
         logits = network.train(training)(x)
         logits.square().sum().backward()
         results.append((logits, x.grad))
     assert_close(results[1][0], results[0][0])
     assert_close(results[1][1], results[0][1])
-    statistics = {key: value for key, value in official.state_dict().items() if '.running_' in key}
+    statistics = {key: value for key, value in theirs.state_dict().items() if '.running_' in key}
     for key, value in statistics.items():
         assert_close(model.state_dict()[key], value)
 
@@ -142,4 +142,4 @@ def test_network_without_bias_refuses_the_checkpoint_and_names_the_biases():
     model = timm.create_model('resnet18_fmd', **NARROW)
     message = r"missing keys \[\], unexpected keys \['layer1.0.conv1.bias', 'layer1.0.conv2.bias', "
     with pytest.raises(ValueError, match=message):
-        load_official_state_dict(model, make_official('resnet18', **NARROW).state_dict())
+        load_authors_state_dict(model, make_theirs('resnet18', **NARROW).state_dict())

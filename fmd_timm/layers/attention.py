@@ -49,9 +49,10 @@ def check_ratios(**ratios: float) -> None:
 
 
 class PooledBatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` for pooled features (B, C, 1, 1). One image has no variance: it uses the running statistics.
+    """`nn.BatchNorm2d` for pooled features (B, C, 1, 1) that a single image can train, too.
 
-    It does so in training with 0 images, too, and where it has running statistics at all.
+    One pooled value has no variance. A training batch of 0 or 1 images is normalised with the running statistics, where
+    there are any, and does not change them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,10 +71,11 @@ class PooledBatchNorm(nn.BatchNorm2d):
 class DynamicAttention(nn.Module):
     """Base class: images (B, C_in, H, W) -> (kernel_attn, in_attn, out_attn, tap_attn) of `fmd_timm.dynamic_conv2d`.
 
-    The attention is float32 also under autocast and in half-precision models (float64 in float64 models).
+    The four are (B, K), (B, C_in), (B, C_out) and (B, kh * kw), or None where the method has no such factor. They are
+    float32 also under autocast and in half-precision models, and float64 in float64 models.
 
-    All four are constructed from the sizes of the convolution, in_channels, out_channels (None where out_attn is not
-    wanted), kernel_size (height, width) and num_kernels, and from widths of their own.
+    The methods are constructed from the sizes of the convolution, in_channels, out_channels (None where out_attn is not
+    wanted), kernel_size (height, width) and num_kernels, and from widths of their own. Each has its `attend`.
 
     Args:
         num_kernels: K.

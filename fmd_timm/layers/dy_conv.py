@@ -26,6 +26,9 @@ class DyConvAttention(DynamicAttention):
         kernel_size: See above.
         num_kernels: K. One kernel has no attention and no parameters for it.
         kernel_ratio: V1 g is max(int(C_in * kernel_ratio), K) wide. 1/4 as in the paper.
+
+    Raises:
+        ValueError: kernel_ratio is negative.
     """
     kernel_temperature: Tensor
 
@@ -77,7 +80,7 @@ class DyConvAttention(DynamicAttention):
 class DyConv2d(DynamicConv2d):
     """Dynamic Convolution: kernel_attn is a softmax with a temperature, see `DyConvAttention`.
 
-    Args: those of `DynamicConv2d` (K = 4 as in the paper), and `kernel_ratio`, the hidden layer's width as a share of
+    Args: those of `DynamicConv2d` (K = 4 as in the paper), and `kernel_ratio`, the hidden layer's width relative to
     C_in (1/4 as in the paper). The paper trains with temperature 30, lowered to 1 in the first 10 epochs.
     """
     method, suffix, arxiv = 'DyConv', 'dy', '1912.03458'

@@ -31,6 +31,9 @@ class FMDAttention(DynamicAttention):
         num_kernels: K. One kernel has no kernel attention and no parameters for it.
         reduction: h is max(int(C_in * reduction), 16) wide, as in the authors' code.
         kernel_ratio: V1 g is int(C_in * kernel_ratio) + 1 wide (K wide for images, C_in = 3), as in the authors' code.
+
+    Raises:
+        ValueError: reduction or kernel_ratio is negative.
     """
     kernel_temperature: Tensor
     gate_temperature: Tensor
@@ -112,9 +115,9 @@ class FMDAttention(DynamicAttention):
 class FMDConv2d(DynamicConv2d):
     """FMDConv: attention over kernels, input and output channels, see `FMDAttention`.
 
-    Args: those of `DynamicConv2d` (K = 4 as in the paper), `reduction`, the width of the gates' hidden layer as a share
-    of C_in, at least 16 (1/16 as in the paper), and `kernel_ratio`, the same of the kernel attention's hidden layer,
-    int(C_in * kernel_ratio) + 1 (1/4 as in the paper).
+    Args: those of `DynamicConv2d` (K = 4 as in the paper), `reduction`, the width of the gates' hidden layer relative to
+    C_in (1/16 as in the paper, at least 16 channels), and `kernel_ratio`, that of the kernel attention's hidden layer,
+    which has int(C_in * kernel_ratio) + 1 channels (1/4 as in the paper).
     """
     method, suffix, arxiv = 'FMDConv', 'fmd', '2503.17530'
     attention_layer = FMDAttention

@@ -89,10 +89,10 @@ def norm_as_affine(norm: nn.Module) -> Map:
     Raises:
         ValueError: It has no running statistics.
     """
-    if norm.running_mean is None or norm.running_var is None:
+    if getattr(norm, 'running_mean', None) is None or norm.running_var is None:
         raise ValueError(
-            f'{type(norm).__name__} has no running_mean and running_var: it normalises with the statistics of each '
-            'batch and is no fixed scale and shift')
+            f'{type(norm).__name__} has no running_mean and running_var: it normalises with the statistics of its '
+            'input, which is no fixed scale and shift')
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach()

@@ -29,6 +29,9 @@ class ODConvAttention(DynamicAttention):
         kernel_size: Height and width. A kernel of one tap has no tap_attn.
         num_kernels: K. One kernel has no kernel attention and no parameters for it.
         reduction: h is max(int(C_in * reduction), 16) wide, as in the authors' code.
+
+    Raises:
+        ValueError: reduction is negative.
     """
     kernel_temperature: Tensor
     last_layers = 'heads',
@@ -96,7 +99,7 @@ class ODConvAttention(DynamicAttention):
 class ODConv2d(DynamicConv2d):
     """ODConv: attention over kernels, input and output channels and kernel taps, see `ODConvAttention`.
 
-    Args: those of `DynamicConv2d` (K = 4 is the authors' "4x"), and `reduction`, the hidden layer's width as a share of
+    Args: those of `DynamicConv2d` (K = 4 is the authors' "4x"), and `reduction`, the hidden layer's width relative to
     C_in, at least 16 (1/16 as in the paper).
     """
     method, suffix, arxiv = 'ODConv', 'od', '2209.07947'

@@ -39,19 +39,19 @@ def set_temperature(model: nn.Module, kernel: float | None = None, gate: float |
 
 
 def annealed_temperature(progress: float, start: float = 30.0, annealed_by: float = 0.1) -> float:
-    """Temperature after a share of training: linear from `start` to 1, and 1 from `annealed_by` on.
+    """Temperature after a part of training: linear from `start` to 1, and 1 from `annealed_by` on.
 
     Args:
-        progress: Share of all optimizer steps done, 0 to 1.
+        progress: Fraction of all optimizer steps done, 0 to 1.
         start: Temperature at progress 0. 30 as in the paper of Dynamic Convolution.
         annealed_by: Progress at which it reaches 1. 0.1 is the first 10 epochs of 100; 0 never anneals, always 1.
 
     Raises:
         ValueError: `progress` or `annealed_by` is outside [0, 1], or `start` is not positive.
     """
-    for name, share in ('progress', progress), ('annealed_by', annealed_by):
-        if not 0 <= share <= 1:
-            raise ValueError(f'{name} must be between 0 and 1, got {share}')
+    for name, fraction in ('progress', progress), ('annealed_by', annealed_by):
+        if not 0 <= fraction <= 1:
+            raise ValueError(f'{name} must be between 0 and 1, got {fraction}')
     if not 0 < start < float('inf'):
         raise ValueError(f'start must be a positive temperature, got {start}')
     if progress >= annealed_by:

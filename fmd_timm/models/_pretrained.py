@@ -10,12 +10,21 @@ the network has the accuracy of the static one, and its attention is untrained. 
 one is published.
 """
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from huggingface_hub import hf_hub_download
-from timm.models import build_model_with_cfg, get_pretrained_cfg, list_models, resolve_pretrained_cfg
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # the first is that of its transport
+from safetensors import SafetensorError
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    list_models,
+    resolve_pretrained_cfg,
+)
 
 from ..inflate import checkpoint_filter_fn
 
@@ -25,28 +34,40 @@ MODULES = ['cifar_resnet', 'dynamic_mobilenetv3', 'dynamic_resnet']  # of our mo
 
 WEIGHTS_NAME = 'model.safetensors'  # timm falls back to a pickle where no name is given
 
+_logger = logging.getLogger(__name__)
+
 _PACKAGE = Path(__file__).parents[1]
 _INSTALLED, _CHECKOUT = _PACKAGE / 'hub_cards', _PACKAGE.parent / 'hub_cards'
 HUB_CARDS = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 
-def with_published_tags(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def with_published_tags(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any] | PretrainedCfg]:
     """Add a configuration '<architecture>.<tag>' for every record of an architecture in `cfgs`, in order of the names.
 
-    timm takes the first tag with weights for the architecture's default: published ones come first.
+    timm takes the first tag with weights for the architecture's default: published ones come first. The tag of a file
+    that is no record is left out with a warning.
     """
     architectures = {name.partition('.')[0] for name in cfgs}
     published = {}
     for path in sorted(HUB_CARDS.glob('*.json')):
-        architecture = path.name.partition('.')[0]
-        if architecture in architectures:
-            record = json.loads(path.read_text(encoding='utf-8'))
-            published[path.name.removesuffix('.json')] = dict(
-                record['pretrained_cfg'],
-                hf_hub_id=f'{record["hub"]["repo"]}@{record["hub"]["commit"]}',
-                hf_hub_filename=WEIGHTS_NAME,
-            )
+        name = path.name.removesuffix('.json')
+        if name.partition('.')[0] in architectures:
+            try:
+                published[name] = _published_cfg(path)
+            except (OSError, ValueError, KeyError, TypeError) as error:  # `import fmd_timm` has other uses
+                _logger.warning(
+                    f'{path} is not the record of a published checkpoint, {name} is left out: '
+                    f'{type(error).__name__}: {error}')
     return {**published, **cfgs}
+
+
+def _published_cfg(path: Path) -> PretrainedCfg:
+    record = json.loads(path.read_text(encoding='utf-8'))
+    return PretrainedCfg(**dict(
+        record['pretrained_cfg'],
+        hf_hub_id=f'{record["hub"]["repo"]}@{record["hub"]["commit"]}',
+        hf_hub_filename=WEIGHTS_NAME,
+    ))
 
 
 def inflated_cfgs(architecture: str, cfg: dict[str, Any], static: str, tags: list[str]) -> dict[str, dict[str, Any]]:
@@ -75,51 +96,65 @@ def build_model(
         model_cls,
         variant: str,
         pretrained: bool,
-        pretrained_cfg: str | dict[str, Any] | None = None,
+        pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
-        cache_dir: str | Path | None = None,
         **kwargs,
 ) -> nn.Module:
-    """timm's `build_model_with_cfg`, with the weights fetched first, and inflated if they are a static network's.
+    """timm's `build_model_with_cfg`, which inflates the weights if they are a static network's.
 
     A network with random weights has its own configuration, not that of the checkpoint it could have had.
 
     Raises:
-        RuntimeError: `pretrained` and there are no weights to load, or they can't be fetched: names what there is, or
-            the Hub repository.
+        RuntimeError: `pretrained` and there are no weights to load: names those that there are. Or they can't be
+            loaded: names the Hub repository or the file. Or they are a pickle on the Hub.
     """
+    cfg, overlay = None, dict(pretrained_cfg_overlay or {})
     if pretrained:
-        _fetch_weights(variant, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
-    elif pretrained_cfg is None and f'{variant}.untrained' in list_models(f'{variant}.*', include_tags=True):
+        cfg = _cfg_with_weights(variant, pretrained_cfg, overlay)
+        if _is_on_hub(cfg):
+            overlay['hf_hub_filename'] = cfg.hf_hub_filename or WEIGHTS_NAME
+    elif pretrained_cfg is None and f'{variant}.untrained' in get_arch_pretrained_cfgs(variant):
         pretrained_cfg = 'untrained'
-        pretrained_cfg_overlay = {'tag': None, **(pretrained_cfg_overlay or {})}
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
-    )
-
-
-def _fetch_weights(variant, pretrained_cfg, pretrained_cfg_overlay, cache_dir) -> None:
-    available = ', '.join(list_models(module=MODULES, pretrained=True))
+        overlay = {'tag': None, **overlay}
     try:
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        return build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **kwargs,
+        )
+    except (OSError, HTTPError, SafetensorError) as error:  # what the Hub's client raises itself is an OSError
+        if cfg is None:
+            raise
+        source = f'the Hub repository {cfg.hf_hub_id}' if _is_on_hub(cfg) else cfg.file or cfg.url
+        # of this one the client says only that nothing is in its cache
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        reason = f'{type(cause).__name__}: {cause}'.removesuffix(': ')
+        raise RuntimeError(f'the weights of {variant} could not be loaded from {source}: {reason}') from error
+
+
+def _is_on_hub(cfg: PretrainedCfg) -> bool:
+    return bool(cfg.hf_hub_id) and (cfg.source == 'hf-hub' or not (cfg.file or cfg.state_dict))
+
+
+def _cfg_with_weights(variant: str, pretrained_cfg, overlay: dict[str, Any]) -> PretrainedCfg:
+    try:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     except RuntimeError as error:
-        raise RuntimeError(f'{error} With weights: {available}.') from error
+        raise RuntimeError(f'{error} With weights: {_available()}.') from error
     if not (cfg.has_weights or cfg.state_dict):
         raise RuntimeError(
-            f'{variant} has no published weights (with weights: {available}). Use pretrained=False for random weights.')
-    if cfg.hf_hub_id and cfg.source in (None, 'hf-hub') and not (cfg.file or cfg.state_dict):
-        repo, _, revision = cfg.hf_hub_id.partition('@')
-        try:
-            hf_hub_download(repo, cfg.hf_hub_filename or WEIGHTS_NAME, revision=revision or None, cache_dir=cache_dir)
-        except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
-            raise RuntimeError(
-                f'the weights of {variant} could not be loaded from the Hub repository {cfg.hf_hub_id}: '
-                f'{type(error).__name__}: {error}'
-            ) from error
+            f'{variant} has no published weights (with weights: {_available()}). '
+            'Use pretrained=False for random weights.')
+    if _is_on_hub(cfg) and not (cfg.hf_hub_filename or WEIGHTS_NAME).endswith('.safetensors'):
+        raise RuntimeError(
+            f'the weights of {variant} on the Hub must be a .safetensors file, got {cfg.hf_hub_filename} of '
+            f'{cfg.hf_hub_id}: other files can hold code')
+    return cfg
+
+
+def _available() -> str:
+    return ', '.join(list_models(module=MODULES, pretrained=True))

@@ -86,8 +86,8 @@ def is_plain(x: Tensor, *others: Tensor | None) -> bool:
     """
     return type(x) is Tensor and not (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
-        or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta
-        or torch.is_autocast_enabled(x.device.type) or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active() or x.is_meta or torch.is_autocast_enabled(x.device.type)
     )
 
 

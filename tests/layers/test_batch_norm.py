@@ -177,8 +177,9 @@ def test_without_running_statistics_the_layer_trains_on_those_of_the_batch(metho
 
 
 @with_batch_norm
-def test_a_norm_without_running_statistics_cannot_be_folded_and_says_why(method):
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d(16, track_running_stats=False), nn.GroupNorm(4, 16)])
+def test_a_norm_without_running_statistics_cannot_be_folded_and_says_why(norm, method):
     conv = make_conv(method).eval()
-    conv.attention.bn.running_mean = conv.attention.bn.running_var = None
-    with pytest.raises(ValueError, match='PooledBatchNorm has no running_mean and running_var'):
+    conv.attention.bn = norm
+    with pytest.raises(ValueError, match=f'{type(norm).__name__} has no running_mean and running_var'):
         conv.attention.fold()
