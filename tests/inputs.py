@@ -1,14 +1,11 @@
-"""What several tests use: inputs of the operator and its reference, the authors' numbers, and what training leaves."""
+"""What several tests use: inputs of the operator and its reference, and what training leaves."""
 import json
-from pathlib import Path
 
-import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
-from fmd_timm import FMDConv2d, ODConv2d, load_authors_state_dict, set_temperature
+from fmd_timm import set_temperature
 from fmd_timm.hub import save_for_hub
 
 # The operator
@@ -47,70 +44,6 @@ def one_by_one(x, weight, kernel_attn, in_attn, out_attn, bias, tap_attn=None, *
         y = F.conv2d(in_attn[b, :, None, None] * x[b], mixed, mixed_bias, **conv_args)
         images.append(out_attn[b, :, None, None] * y)
     return torch.stack(images)
-
-
-# The authors' FMDConv2d and ODConv2d, run in float64 on float32 weights
-
-GOLDEN = Path(__file__).parent / 'layers' / 'golden'
-GOLDEN_CASES = sorted(path.stem for path in GOLDEN.glob('*.json'))
-RTOL = {torch.float64: 1e-9, torch.float32: 1e-4}
-
-
-def load_case(name):
-    meta = json.loads((GOLDEN / f'{name}.json').read_text())
-    return meta, load_file(GOLDEN / f'{name}.safetensors')
-
-
-def make_conv(case, dtype):
-    sizes = (
-        case['in_planes'], case['out_planes'], case['kernel_size'], case['stride'], case['padding'], case['dilation'],
-        case['groups'],
-    )
-    args = dict(num_kernels=case['kernel_num'], reduction=case['reduction'], dtype=dtype)
-    if case['kind'] == 'od':
-        return ODConv2d(*sizes, bias=False, **args)  # theirs has no bias
-    return FMDConv2d(*sizes, case['bias'], kernel_ratio=case['ratio'], **args)
-
-
-def load_theirs(conv, tensors, prefix):
-    theirs = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    load_authors_state_dict(conv, theirs)
-
-
-def assert_close(actual, expected, dtype):
-    """Relative to the largest value: rounding leaves small differences of large numbers without relative accuracy."""
-    assert actual.shape == expected.shape
-    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
-    assert error < RTOL[dtype], f'relative error {error:.1e}'
-
-
-def check_against_the_authors_code(name, mode, dtype):
-    """Outputs, gradients and BatchNorm statistics of a layer."""
-    meta, golden = load_case(name)
-    if 'raises' in meta['modes'][mode]:
-        pytest.skip('the authors code raises on this case (a training batch of one image); ours has its own test')
-    conv = make_conv(meta['case'], dtype)
-    load_theirs(conv, golden, 'state.')
-    set_temperature(conv, kernel=meta['temperature']['kernel'], gate=meta['temperature']['sigmoid'])
-    conv.train(mode == 'train')
-
-    x = golden['input'].to(dtype).requires_grad_()
-    y = conv(x)
-    (y * golden['probe'].to(dtype)).sum().backward()
-
-    assert_close(y, golden[f'{mode}.output'], dtype)
-    assert_close(x.grad, golden[f'{mode}.grad_input'], dtype)
-    if mode == 'train':
-        for buffer in 'running_mean', 'running_var':
-            assert_close(getattr(conv.attention.bn, buffer), golden[f'train.buffer.attention.bn.{buffer}'], dtype)
-    # The same conversion as for the weights puts the authors' gradients in our order; buffers have none.
-    gradients = {key: t for key, t in golden.items() if key.startswith(f'{mode}.grad.')}
-    for buffer in 'running_mean', 'running_var', 'num_batches_tracked':
-        gradients[f'{mode}.grad.attention.bn.{buffer}'] = golden[f'state.attention.bn.{buffer}']
-    expected = make_conv(meta['case'], torch.float64)
-    load_theirs(expected, gradients, f'{mode}.grad.')
-    for parameter, gradient in zip(conv.parameters(), expected.parameters(), strict=True):
-        assert_close(parameter.grad, gradient.detach(), dtype)
 
 
 # A run of training, and what it leaves

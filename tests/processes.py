@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -108,23 +109,27 @@ def _become(command, cwd, env, standard_path, stdout, stderr):
     for path, stream in (stdout, sys.stdout), (stderr, sys.stderr):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.chdir(cwd)
+    multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # where a process that it spawns finds the script
     os.environ.clear()
     os.environ.update(env)
     extra = [os.path.abspath(path) for path in env.get('PYTHONPATH', '').split(os.pathsep) if path]
     first, *rest = command
 
-    def begin(argv, path):
-        sys.argv[:], sys.path[:] = argv, [path, *extra, *standard_path]
+    def begin(argv, folder):
+        sys.argv[:], sys.path[:] = argv, [folder, *extra, *standard_path]
 
+    if first == '-m':
+        begin(rest, os.getcwd())
+        return runpy.run_module(rest[0], run_name='__main__', alter_sys=True)
+    main = sys.modules['__main__'] = types.ModuleType('__main__')
     if first == '-c':
         begin(['-c', *rest[1:]], '')
-        exec(rest[0], {'__name__': '__main__'})
-    elif first == '-m':
-        begin(rest, os.getcwd())
-        runpy.run_module(rest[0], run_name='__main__', alter_sys=True)
+        code = rest[0]
     else:
-        begin(command, os.path.dirname(os.path.abspath(first)))
-        runpy.run_path(first, run_name='__main__')
+        main.__file__ = os.path.abspath(first)
+        begin(command, os.path.dirname(main.__file__))
+        code = compile(Path(first).read_bytes(), main.__file__, 'exec')
+    exec(code, main.__dict__)
 
 
 @functools.cache

@@ -108,7 +108,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize('name, method, args', [
     ('resnet18', 'fmd', NARROW),
     ('resnet50', 'fmd', dict(NARROW, layers=(2, 1, 1, 1))),
-    ('resnet18', 'fmd', dict(layers=(1, 1, 1, 1), num_classes=7)),
+    ('resnet18', 'fmd', dict(NARROW, channels=(8, 16, 24, 288), layers=(1, 1, 1, 1))),  # hidden layers beyond 16
     ('resnet50', 'od', dict(NARROW, layers=(2, 1, 1, 1))),
 ], ids=['basic', 'bottleneck', 'wide', 'odconv'])
 def test_network_with_the_authors_checkpoint_equals_theirs(name, method, args, training, implementation):

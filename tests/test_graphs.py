@@ -155,8 +155,12 @@ def test_network_compiles_once_for_several_images_and_once_for_one():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('size, args', [(9, {}), (11, {}), (11, dict(num_kernels=1))])
+@pytest.mark.parametrize('size, args, training', [
+    (9, {}, True),
+    (11, dict(num_kernels=1), False),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (9, {}, False), (11, {}, False), (11, {}, True), (11, dict(num_kernels=1), True))),
+])
 def test_layer_compiles_with_its_gradients_once_for_several_images(size, args, training):
     conv, counter = FMDConv2d(4, 6, 3, padding=1, **args), CompileCounterWithBackend('aot_eager')
     compiled = torch.compile(conv.train(training), fullgraph=True, dynamic=True, backend=counter)
@@ -192,6 +196,9 @@ def test_layer_compiles_with_the_default_backend_once_for_several_images(tmp_pat
                 torch.testing.assert_close(compiled(x), conv(x))
 
 
+@pytest.mark.parametrize(
+    'model', [kind if kind == 'basic' else pytest.param(kind, marks=pytest.mark.slow) for kind in NETWORKS],
+    indirect=True)
 def test_exported_network_computes_the_same_for_any_batch(model):
     batch = torch.export.Dim('batch')
     program = torch.export.export(model, (torch.randn(3, 3, 64, 64),), dynamic_shapes=({0: batch},))

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import timm
 
 import fmd_timm.__main__
 
-CHECKOUT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])}
 
 SCRIPT = """
 import argparse
@@ -47,11 +48,6 @@ def script(tmp_path):
     return path
 
 
-def run(*args, cwd):
-    env = {**os.environ, 'PYTHONPATH': str(CHECKOUT)}
-    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True)
-
-
 @pytest.fixture
 def run_here(monkeypatch):
     def run(*args):
@@ -62,7 +58,8 @@ def run_here(monkeypatch):
 
 
 def test_a_script_that_only_knows_timm_finds_our_models(script, tmp_path):
-    done = run('-m', 'fmd_timm', 'scripts/script.py', '--model', 'resnet18_fmd_cifar', cwd=tmp_path)
+    command = [sys.executable, '-m', 'fmd_timm', 'scripts/script.py', '--model', 'resnet18_fmd_cifar']
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     model = timm.create_model('resnet18_fmd_cifar')
     assert json.loads(done.stdout)['parameters'] == sum(p.numel() for p in model.parameters())
@@ -70,7 +67,7 @@ def test_a_script_that_only_knows_timm_finds_our_models(script, tmp_path):
 
 def test_the_script_runs_as_without_us(script, tmp_path):
     args = 'scripts/script.py', '--model', 'test_resnet'
-    alone, done = run(*args, cwd=tmp_path), run('-m', 'fmd_timm', *args, cwd=tmp_path)
+    alone, done = (processes.run(*way, cwd=tmp_path, env=ENVIRONMENT) for way in (args, ('-m', 'fmd_timm', *args)))
     assert done.returncode == alone.returncode == 3, done.stderr + alone.stderr
     assert json.loads(done.stdout) == json.loads(alone.stdout)
     assert json.loads(done.stdout)['neighbour'] == str(script.parent / 'neighbour.py')

@@ -10,7 +10,8 @@ import pytest
 
 SCRIPT = '''
 import json, os, sys
-print(json.dumps([sys.argv, sys.path, os.getcwd(), dict(os.environ), __name__, os.isatty(0), sys.stdin.read()]))
+file, stdin = globals().get('__file__'), sys.stdin.read()
+print(json.dumps([sys.argv, sys.path, os.getcwd(), dict(os.environ), __name__, file, stdin]))
 print('a warning', file=sys.stderr)
 sys.exit(int(sys.argv[-1]))
 '''
@@ -52,7 +53,7 @@ def test_a_failure_shows(code, returncode, stderr):
 
 def test_one_that_does_not_end_is_killed(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired) as error:
-        processes.run('-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)', timeout=1)
+        processes.run('-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)', timeout=2)
     with pytest.raises(ProcessLookupError):
         os.kill(int(error.value.stdout), 0)
 

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import tarfile
 
+import processes
 import pytest
 import timm
 
 import fmd_timm  # noqa: F401  registers our models
+from fmd_timm.models._pretrained import MODULES
 
 TESTS_PER_MODEL = 11  # of timm 1.0.31: forward, backward, cfgs, script, features, intermediates (2), pruning, fx (3)
+BY_DEFAULT = 'resnet18_fmd', 'resnet18_cifar', 'mobilenetv3_small_100_fmd'  # of each module; all take minutes
 
 # timm's tests collect their models with list_models. Those of intermediate features ask for timm's own modules by name.
 PLUGIN = """
@@ -25,7 +28,7 @@ list_all_models = timm.list_models
 
 def list_models(filter='', module='', **kwargs):
     ours = list_all_models(filter, fmd_timm.models._pretrained.MODULES, **kwargs)
-    return [name for name in ours if os.environ['ONLY'] in name]
+    return [name for name in ours if name.partition('.')[0] == os.environ['ONLY']]
 
 
 timm.list_models = list_models
@@ -48,25 +51,21 @@ def timm_tests(tmp_path_factory):
             member.name = member.name.partition('/')[2]  # without the folder timm-<version>
             if member.name.startswith('tests/') or member.name == 'pyproject.toml':
                 sdist.extract(member, folder, filter='data')
-    (folder / 'only_fmd.py').write_text(PLUGIN)
+    (folder / 'only_ours.py').write_text(PLUGIN)
     return folder
 
 
-@pytest.mark.parametrize('family', [
-    'resnet18_fmd', 'mobilenetv3_small_100_dy',
-    *(pytest.param(family, marks=pytest.mark.slow) for family in (
-        'resnet50_fmd', 'resnet18_cond', 'resnet18_dy', 'resnet18_od', 'resnet18_cifar', 'mobilenetv3_small_100_fmd')),
+@pytest.mark.parametrize('name', [
+    name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)
+    for name in timm.list_models(module=MODULES)
 ])
-def test_timm_tests_of_its_models_pass_on_ours(family, timm_tests):
+def test_timm_tests_of_its_models_pass_on_ours(name, timm_tests):
     env = {key: value for key, value in os.environ.items() if key != 'GITHUB_ACTIONS'}  # where they leave some out
-    env['ONLY'] = family
-    result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-p', 'only_fmd', '-p', 'no:cacheprovider', '-q', 'tests/test_models.py',
-         '-k', f'{family} and not pretrained'],
-        cwd=timm_tests, env=env, capture_output=True, text=True,
+    done = processes.run(
+        '-m', 'pytest', '-p', 'only_ours', '-p', 'no:cacheprovider', '-q', 'tests/test_models.py',
+        '-k', f'{name} and not pretrained', cwd=timm_tests, env=dict(env, ONLY=name),
     )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
-    summary = result.stdout.splitlines()[-1]
-    passed = int(re.search(r'(\d+) passed', summary).group(1))
-    assert passed >= TESTS_PER_MODEL * len(timm.list_models(f'{family}*')), summary
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    summary = done.stdout.splitlines()[-1]
+    assert int(re.search(r'(\d+) passed', summary).group(1)) >= TESTS_PER_MODEL, summary
     assert 'skipped' not in summary, summary

@@ -4,10 +4,10 @@ Without a GPU its name and capability are pretended, and the convolution in Trit
 """
 import logging
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from cases import assert_near, make_inputs, run, run_reference
@@ -286,8 +286,8 @@ def falls_back_without_triton():
 
 def test_without_triton_pytorch_runs_with_one_warning():
     script = 'import sys; sys.modules["triton"] = None; import test_cuda; test_cuda.falls_back_without_triton()'
-    run = subprocess.run([sys.executable, '-c', script], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    done = processes.run('-c', script, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
 
 
 def test_triton_is_not_imported_before_it_is_tried():
@@ -297,8 +297,8 @@ def test_triton_is_not_imported_before_it_is_tried():
         'assert "triton_64" in test_cuda.names("forward", **test_cuda.LARGE)\n'
         'assert "fmd_timm.ops.triton_conv" not in sys.modules\n'
     )
-    run = subprocess.run([sys.executable, '-c', script], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    done = processes.run('-c', script, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_operator_asks_for_this_order(gpu):
