@@ -3,7 +3,6 @@
 The libraries come with `pip install '.[test,consumers]'`; the tests of one that is missing are skipped.
 """
 import json
-import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -189,8 +188,7 @@ def test_timm_wrapper_of_transformers_makes_an_untrained_model():
 def test_transformers_loads_a_published_repository(hub, tmp_path, monkeypatch):
     make_run(tmp_path, **NARROW)
     monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
-    monkeypatch.setattr(sys, 'argv', ['publish.py', '--run', str(tmp_path), '--repo', 'ann/small'])
-    publish.main()
+    publish.main(**vars(publish.parse_publish(['--run', str(tmp_path), '--repo', 'ann/small'])))
     weights, (images, logits) = load_file(tmp_path / 'model.safetensors'), torch.load(tmp_path / 'logits.pt')
     model = TimmWrapperForImageClassification.from_pretrained('ann/small').eval()
     assert_state_of(model.timm_model, weights)

@@ -30,7 +30,8 @@ done
 BAD = {  # libraries that compilers make of other sources
     'no symbols': ('int nothing;', "undefined symbol: fmd_timm_run"),
     'crash': ('__attribute__((constructor)) static void crash(void) { __builtin_trap(); }', 'died with <Signals.SIG'),
-    'wrong': ('void fmd_timm_run(const void *call) { (void)call; }', 'it computes something else than it should'),
+    'wrong': ('void fmd_timm_run(const void *c) { (void)c; } void fmd_timm_backward(const void *c) { (void)c; }',
+              'it computes something else than it should'),
 }
 
 
