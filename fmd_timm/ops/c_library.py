@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import math
+import operator
 import os
 import platform
 import shlex
@@ -170,9 +171,12 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def _self_test(file: str) -> None:
-    """Attention and convolution of two small images against the formula in plain Python, in both layouts of kernels."""
-    B, K, I, O, H, W, hidden, taps = 2, 3, 16, 32, 3, 4, 5, 9
-    run, count = _load(Path(file)).fmd_timm_run, itertools.count()
+    """Attention and convolution of two small images against the formula in plain Python, in both layouts of kernels.
+
+    The result is linear in the images and in the kernels: each of them times its gradient is the result times its own.
+    """
+    B, K, I, O, H, W, hidden, taps = 2, 3, 32, 32, 3, 4, 5, 9
+    tested, count = _load(Path(file)), itertools.count()
 
     def array(size: int) -> ctypes.Array:
         return (ctypes.c_float * size)(*(math.cos(next(count)) for _ in range(size)))
@@ -211,13 +215,24 @@ def _self_test(file: str) -> None:
     conv = Conv(I, O, K, (3, 3), (1, 1), (1, 1), (1, 1), (H, W), (H, W), H + 2, W + 2, (H + 2) * (W + 2) * I, 1, 1)
     y, padded, *memory = map(array, (B * H * W * O, conv.padded, *(B * n for n in (K, I, O, taps, I, hidden))))
     kernel_attn, *attn, pooled, squeezed = map(ctypes.addressof, memory)
-    for kernels in dict(maps=maps, bank=bank), dict(weight=weight):
-        pointers = dict(kernels, conv=conv, x=x, shift=shift, padded=padded, y=y)
-        run(Call(
-            **{name: ctypes.addressof(t) for name, t in pointers.items()}, kernel_attn=kernel_attn, gates=tuple(attn),
-            pooled=pooled, squeezed=squeezed, batch=B, threads=2))
-        if not all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) for a, b in zip(y, expected)):
+    pointers = dict(conv=conv, x=x, padded=padded, y=y)
+    for more in dict(maps=maps, bank=bank, shift=shift), dict(weight=weight, shift=shift), dict(weight=weight):
+        tested.fmd_timm_run(Call(
+            **{name: ctypes.addressof(t) for name, t in {**pointers, **more}.items()}, kernel_attn=kernel_attn,
+            gates=tuple(attn), pooled=pooled, squeezed=squeezed, batch=B, threads=2))
+        shifts = itertools.cycle(shift) if 'shift' not in more else itertools.repeat(0)
+        if not all(math.isclose(a + s, b, rel_tol=1e-4, abs_tol=1e-4) for a, s, b in zip(y, shifts, expected)):
             sys.exit('it computes something else than it should')
+
+    grad_y, grad_x, grad_weight, of_x, of_y = map(array, map(len, (y, x, weight, x, y)))
+    products = (ctypes.c_float * (taps * B * K * O))()
+    tensors = map(ctypes.addressof, (conv, x, weight, grad_y))
+    gradients = map(ctypes.addressof, (grad_x, grad_weight, array(B * I), products, of_x, of_y))
+    tested.fmd_timm_backward(Backward(*tensors, kernel_attn, tuple(attn), *gradients, batch=B, threads=2, chunks=1))
+    whole = math.fsum(map(operator.mul, y, grad_y))
+    for values, gradient in (x, grad_x), (weight, grad_weight):
+        if not math.isclose(math.fsum(map(operator.mul, values, gradient)), whole, rel_tol=1e-3, abs_tol=1e-3):
+            sys.exit('its gradients are others than they should be')
 
 
 if __name__ == '__main__':

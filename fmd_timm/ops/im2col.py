@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache import cache_bytes
 from .case import Attention, Case, Gradients
-from .layout import gated, kernel_rows, patches_of, per_element, rows_are_pixels, sum_patches
+from .layout import gated, kernel_rows, patches_of, per_element, rows_are_pixels, share_and_bank, sum_patches
 
 NARROWEST = 32  # output channels: narrower matrices are multiplied at half the speed
 
@@ -26,7 +26,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
     patches = patches_of(gated(x, attention.in_attn), weight, case)  # (B, P, R)
     if attention.tap_attn is not None:
         patches = patches * per_element(attention.tap_attn, weight).to(x.dtype)
-    share, bank = _share_and_bank(weight, attention, case)
+    share, bank = share_and_bank(weight, attention, case)
     y = x.new_empty((case.batch, case.out_pixels, case.out_channels) if last else (
         case.batch, case.out_channels, case.out_pixels))
     tiles, memory = _tiles(case, bank, 4 * cache_bytes(2), bank.dtype)
@@ -55,7 +55,7 @@ def image_gradient(
         grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and in_attn."""
     last = rows_are_pixels(case)
-    share, bank = _share_and_bank(weight, attention, case)
+    share, bank = share_and_bank(weight, attention, case)
     grad_pixels = gated(grad_y, attention.out_attn).flatten(2)  # (B, O, P)
     size = case.batch, case.out_pixels, bank.shape[2]
     grad_patches = x.new_empty(size if last else (size[0], size[2], size[1]))
@@ -88,7 +88,7 @@ def kernel_gradient(
     if tap_attn is not None:
         weight = weight.contiguous(memory_format=torch.channels_last)  # the weights of a tap are a row of a matrix
         case = case._replace(weight_channels_last=True)
-    share, bank = _share_and_bank(weight, attention, case)
+    share, bank = share_and_bank(weight, attention, case)
     B, K, O, dtype = case.batch, case.num_kernels, case.out_channels, weight.dtype
     out = share.new_ones(B, O) if out_attn is None else out_attn
     tap = share.new_ones(B, 1) if tap_attn is None else tap_attn
@@ -117,11 +117,6 @@ def kernel_gradient(
         None if out_attn is None else torch.einsum('okb,bk->bo', by_channel, share),
         None if tap_attn is None else torch.einsum('otkb,bk,bo->bt', products, share, out),
     )
-
-
-def _share_and_bank(weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor]:
-    share = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
-    return share, kernel_rows(weight, case.num_kernels)
 
 
 def _tiles(case: Case, bank: Tensor, size: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:

@@ -27,6 +27,12 @@ def kernel_rows(weight: Tensor, num_kernels: int) -> Tensor:
     return rows.reshape(num_kernels, weight.shape[0] // num_kernels, -1)
 
 
+def share_and_bank(weight: Tensor, attention, case) -> tuple[Tensor, Tensor]:
+    """kernel_attn (B, K), of ones where there is none, and `kernel_rows`."""
+    share = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
+    return share, kernel_rows(weight, case.num_kernels)
+
+
 def per_element(tap_attn: Tensor, weight: Tensor) -> Tensor:
     """tap_attn (B, taps) -> (B, 1, R), the factor of each element of a row of the kernels"""
     I = weight.shape[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cache import cache_bytes
 from .case import Attention, Case, Gradients
-from .layout import gated, is_channels_last, kernel_rows, memory_format
+from .layout import gated, is_channels_last, kernel_rows, memory_format, share_and_bank
 
 
 def supports(case: Case) -> bool:
@@ -19,7 +19,7 @@ def supports(case: Case) -> bool:
 
 def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
     """The result (B, O, H', W'), as in `reference.forward`."""
-    share, bank = _share_and_bank(weight, attention, case)
+    share, bank = share_and_bank(weight, attention, case)
     in_gate, out_gate, tap_gate = _gates(attention, case)
     # The channels' gates go where there are fewer numbers to multiply: into the kernels, or into the images.
     gates_kernels = case.kernel_numel <= 2 * case.image_numel
@@ -46,7 +46,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
 def backward(
         grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
     """Gradients of x, weight and attention; None for what is None."""
-    share, bank = _share_and_bank(weight, attention, case)
+    share, bank = share_and_bank(weight, attention, case)
     in_gate, out_gate, tap_gate = _gates(attention, case)
     grad_x, grad_weight = _empty(x, *x.shape[:2], x.shape[2:]), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, case.num_kernels).flatten(1)
@@ -84,11 +84,6 @@ def backward(
         grad_share = []
     return grad_x, grad_weight, Attention(
         *(torch.cat(parts) if parts else None for parts in (grad_share, grad_in, grad_out, grad_taps)))
-
-
-def _share_and_bank(weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor]:
-    share = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
-    return share, kernel_rows(weight, case.num_kernels)
 
 
 def _parts(bank: Tensor, case: Case, size: int) -> tuple[list[slice], Tensor]:

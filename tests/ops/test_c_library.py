@@ -32,6 +32,9 @@ BAD = {  # libraries that compilers make of other sources
     'crash': ('__attribute__((constructor)) static void crash(void) { __builtin_trap(); }', 'died with <Signals.SIG'),
     'wrong': ('void fmd_timm_run(const void *c) { (void)c; } void fmd_timm_backward(const void *c) { (void)c; }',
               'it computes something else than it should'),
+    'wrong gradients': (
+        f'#define fmd_timm_backward another\n{c_library.SOURCE.read_text()}\n#undef fmd_timm_backward\n'
+        'void fmd_timm_backward(const void *call) { (void)call; }', 'its gradients are others than they should be'),
 }
 
 
