@@ -82,6 +82,7 @@ def _prepared(name: str, conv: DynamicConv2d, norm: nn.BatchNorm2d | None = None
 class _Made(NamedTuple):
     """What a prepared layer made of its parameters."""
     state: list[tuple[int, int]]  # where they were and which version they had
+    memory: list[Tensor]  # keeps theirs, so that no other parameter gets it
     layer: c_conv.Layer | None
     algorithms: dict[tuple, ModuleType]  # that are the fastest, by the shape and layout of the images and the threads
 
@@ -126,7 +127,8 @@ class PreparedConv2d(nn.Module):
         state = [(t.data_ptr(), t._version) for t in parameters if t is not None]
         made = self._made
         if made is None or made.state != state:
-            made = self._made = _Made(state, self._in_c(), {})
+            memory = [t.detach() for t in parameters if t is not None]
+            made = self._made = _Made(state, memory, self._in_c(), {})
         key = x.shape, x.is_contiguous(memory_format=torch.channels_last), torch.get_num_threads()
         algorithm = made.algorithms.get(key)
         if algorithm is None:

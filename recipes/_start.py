@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from _accelerator import usable_cores
 from _recipe import INFLATED, Recipe, refuse
 from accelerate.tracking import get_available_trackers
@@ -44,13 +43,12 @@ def check_names(recipe: Recipe) -> None:
         refuse(recipe, 'tracker', f'one of {", ".join(trackers)} (those that are installed)')
 
 
-def complete(recipe: Recipe, network: nn.Module, device: torch.device) -> Recipe:
-    """The recipe with what it leaves open said: by the network it starts from, and by the device it runs on."""
+def complete(recipe: Recipe, network: nn.Module) -> Recipe:
+    """The recipe with what it leaves open said: by the network it starts from, and by the machine it runs on."""
     temperature = 30.0 if recipe.temperature is None and recipe.init is None else recipe.temperature
     return dataclasses.replace(
         recipe, model=recipe.model or network.pretrained_cfg['architecture'],
         image_size=recipe.image_size or network.pretrained_cfg['input_size'][-1], temperature=temperature,
-        channels_last=device.type == 'cuda' if recipe.channels_last is None else recipe.channels_last,
         num_workers=min(recipe.num_workers, usable_cores()),
     )
 

@@ -48,7 +48,7 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
         if is_main:
             for part in images.values():
                 part.check_decodable()
-    asked, recipe = recipe, complete(recipe, timm.create_model(models[0], device='meta'), device)
+    asked, recipe = recipe, complete(recipe, timm.create_model(models[0], device='meta'))
     input_size = (3, recipe.image_size, recipe.image_size)
     infer_batch = min(recipe.batch_size, len(images['validation']))
     networks = {name: timm.create_model(name, num_classes=len(images['train'].label_names)) for name in models}

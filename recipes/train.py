@@ -50,7 +50,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         torch.backends.cudnn.benchmark = True
     with accelerator.local_main_process_first():  # downloads once on every machine
         network, origin = first_network(recipe)
-    asked, recipe = recipe, complete(recipe, network, device)
+    asked, recipe = recipe, complete(recipe, network)
     model_bytes = 4 * sum(p.numel() for p in network.parameters())
     checkpoint = _checkpoints.check_output(output, resume, model_bytes)
     settings = dict(preset=preset, **dataclasses.asdict(asked), init_revision=origin and origin['revision'])

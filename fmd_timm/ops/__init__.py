@@ -62,6 +62,7 @@ def dynamic_conv2d(
         if isinstance(x, Tensor) and _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tensors = x, weight, kernel_attn, in_attn, out_attn, tap_attn
+        operator.refuse_forward_mode(*tensors)
         run = operator.forward if operator.is_plain(*tensors) else torch.ops.fmd_timm.dynamic_conv2d
         y = run(*tensors, s, p, d, groups)
     if bias is None:

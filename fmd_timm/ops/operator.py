@@ -7,6 +7,8 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
@@ -79,14 +81,30 @@ def _result_size(x, weight, kernel_attn, stride, padding, dilation) -> tuple[int
     return x.shape[0], weight.shape[0] // (1 if kernel_attn is None else kernel_attn.shape[1]), height, width
 
 
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """PyTorch would drop the tangents of an operator that has no rule for them, without a word.
+
+    Raises:
+        NotImplementedError: A tensor has a tangent.
+    """
+    if forward_ad._current_level >= 0:
+        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError('dynamic_conv2d has no forward-mode derivative: use the backward pass')
+
+
 def is_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing but the result is wanted: no gradient, no graph, no other dtype, no tensor without memory.
 
     Then the operator can be left out: PyTorch's dispatcher takes as long as a small convolution.
     """
-    return type(x) is Tensor and not (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
-        or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    if not isinstance(x, Tensor):
+        return False
+    for t in x, *others:
+        if t is not None and (
+                type(t) not in (Tensor, Parameter) or t.is_neg() or t.requires_grad and torch.is_grad_enabled()):
+            return False
+    return not (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active() or x.is_meta or torch.is_autocast_enabled(x.device.type)
     )
 

@@ -3,6 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inputs import SHAPES, make_inputs, one_by_one
+from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmd_timm import dynamic_conv2d
@@ -271,6 +273,29 @@ def test_a_single_argument_may_need_the_gradient(name):
     frozen = {other: t if other == name else t.detach() for other, t in tensors.items()}
     torch.testing.assert_close(
         torch.autograd.grad(dynamic_conv2d(**frozen, **conv_args).square().sum(), frozen[name]), expected)
+
+
+def test_a_tensor_with_the_negative_bit_is_what_it_says():
+    tensors, conv_args = make_images(IN_C['3x3'])
+    tensors = {name: t.detach() for name, t in tensors.items()}
+    expected = dynamic_conv2d(**dict(tensors, x=-tensors['x']), **conv_args)
+    torch.testing.assert_close(dynamic_conv2d(**dict(tensors, x=torch._neg_view(tensors['x'])), **conv_args), expected)
+
+
+def test_a_subclass_of_tensor_goes_through_the_dispatcher():
+    tensors, conv_args = make_images(IN_C['3x3'])
+    tensors = {name: t.detach() for name, t in tensors.items()}
+    weight = TwoTensor(tensors['weight'], tensors['weight'].clone())
+    y = dynamic_conv2d(**dict(tensors, weight=weight), **conv_args)
+    torch.testing.assert_close(y.a if isinstance(y, TwoTensor) else y, dynamic_conv2d(**tensors, **conv_args))
+
+
+def test_forward_derivatives_are_refused():
+    tensors, conv_args = make_images(IN_C['3x3'])
+    tensors = {name: t.detach() for name, t in tensors.items()}
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match='has no forward-mode derivative'):
+        dual = forward_ad.make_dual(tensors['x'], torch.ones_like(tensors['x']))
+        dynamic_conv2d(**dict(tensors, x=dual), **conv_args)
 
 
 def test_an_expanded_input_has_gradients():

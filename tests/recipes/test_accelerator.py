@@ -19,20 +19,12 @@ def test_bfloat16_is_chosen_only_where_the_gpu_in_use_computes_in_it(in_hardware
     assert _accelerator.auto_precision() == expected
 
 
-@pytest.mark.parametrize('asked, device, used', [
-    (None, 'cuda', True), (None, 'cpu', False), (True, 'cpu', True), (False, 'cuda', False)])
-def test_channels_last_is_the_default_on_cuda(asked, device, used, digits_folder):
-    recipe = make_recipe(digits_folder, channels_last=asked)
-    network = timm.create_model(tiny.NAME, device='meta')
-    assert _start.complete(recipe, network, torch.device(device)).channels_last is used
-
-
 def test_no_more_workers_load_images_than_there_are_cores(digits_folder, monkeypatch):
     monkeypatch.setattr(_start, 'usable_cores', lambda: 2)
     network = timm.create_model(tiny.NAME, device='meta')
     for asked, used in (0, 0), (1, 1), (8, 2):
         recipe = make_recipe(digits_folder, num_workers=asked)
-        assert _start.complete(recipe, network, torch.device('cpu')).num_workers == used
+        assert _start.complete(recipe, network).num_workers == used
 
 
 def test_cores_are_counted_where_a_process_cannot_be_bound_to_some(monkeypatch):

@@ -112,7 +112,7 @@ def test_what_is_compiled_is_the_wrapper_of_the_network(digits_folder, tmp_path,
     network, _ = _start.first_network(recipe)
     network = network.to_empty(device='cpu')
     training = _training.make_training(
-        _accelerator.make_accelerator(recipe, tmp_path), _start.complete(recipe, network, torch.device('cpu')), network,
+        _accelerator.make_accelerator(recipe, tmp_path), _start.complete(recipe, network), network,
         dict(mean=(0.5,) * 3, std=(0.5,) * 3), images, total_steps=4)
     assert compiled == [training.model] and training.model.module is network
 
