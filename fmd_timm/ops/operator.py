@@ -97,15 +97,16 @@ def is_plain(x: Tensor, *others: Tensor | None) -> bool:
 
     Then the operator can be left out: PyTorch's dispatcher takes as long as a small convolution.
     """
-    if not isinstance(x, Tensor):
+    # First, because a compiler can't follow what comes after it.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):
         return False
     for t in x, *others:
         if t is not None and (
                 type(t) not in (Tensor, Parameter) or t.is_neg() or t.requires_grad and torch.is_grad_enabled()):
             return False
     return not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active() or x.is_meta or torch.is_autocast_enabled(x.device.type)
+        is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or x.is_meta
+        or torch.is_autocast_enabled(x.device.type)
     )
 
 
