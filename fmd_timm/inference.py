@@ -55,6 +55,16 @@ def prepare_for_inference(
     model = (model if inplace else copy.deepcopy(model)).eval()
     if isinstance(model, DynamicConv2d):
         model = PreparedConv2d(model)
+    else:
+        _prepare_modules(model)
+    model = model.requires_grad_(False).to(memory_format=torch.channels_last)
+    if example_input is not None:
+        with torch.inference_mode():
+            model(example_input)
+    return model
+
+
+def _prepare_modules(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for conv_name, norm_name in _followed_by_norm(model):
         conv, norm = modules[conv_name], modules[norm_name]
@@ -65,11 +75,6 @@ def prepare_for_inference(
     for name, module in list(model.named_modules()):
         if isinstance(module, DynamicConv2d):  # with no BatchNorm behind it
             model.set_submodule(name, _prepared(name, module))
-    model = model.requires_grad_(False).to(memory_format=torch.channels_last)
-    if example_input is not None:
-        with torch.inference_mode():
-            model(example_input)
-    return model
 
 
 def _prepared(name: str, conv: DynamicConv2d, norm: nn.BatchNorm2d | None = None) -> 'PreparedConv2d':
@@ -164,9 +169,9 @@ class PreparedConv2d(nn.Module):
         padded, attention = self._padded(x), Attention(*self.attention(x))
         check(padded, self.weight, attention, *self.conv_args)
         case = case_of(padded, self.weight, attention, *self.conv_args)
-        candidates = [algorithm for algorithm in algorithms('prepared', case) if algorithm is not c_conv]
-        if made.layer is not None and made.layer.convolves:
-            candidates.insert(0, c_conv)
+        case = case._replace(channels_last=True, weight_channels_last=True)  # C copies what is laid out otherwise
+        in_c = made.layer is not None and made.layer.convolves
+        candidates = [algorithm for algorithm in algorithms('prepared', case) if in_c or algorithm is not c_conv]
         return fastest(
             'prepared', case, candidates, lambda tried: self._by(tried, x, made.layer),
             may_time=len(made.algorithms) < TIMED_SIZES)

@@ -329,9 +329,16 @@ def test_weights_changed_or_moved_after_use_are_seen(change, way):
     assert_same(prepared, theirs, make_images(1))
 
 
-def test_a_single_layer_can_be_prepared():
+def test_a_single_layer_can_be_prepared(caplog):
     layer = FMDConv2d(8, 8, 3, padding=1).eval()
     assert_same(prepare_for_inference(layer), layer, torch.randn(2, 8, 6, 6))
+    assert not caplog.text
+
+
+def test_what_c_does_not_convolve_is_convolved_in_pytorch(way):
+    """A stride so large that the copy C works on would be a hundred times the image."""
+    layer = FMDConv2d(16, 32, 1, stride=(1, 5000), bias=False).eval()
+    assert_same(prepare_for_inference(layer), layer, torch.randn(1, 16, 200, 100))
 
 
 def test_an_image_smaller_than_the_kernel_is_refused():

@@ -33,5 +33,7 @@ def algorithms(question: str, case: Case) -> list:
     if (c_conv.differentiates if direction == 'backward' else c_conv.supports)(case):
         has_wide_vectors = torch.backends.cpu.get_cpu_capability() == 'AVX512'
         is_small = case.out_pixels < (500 if case.kernel_size == (1, 1) else 1000)
-        order.insert(0 if has_wide_vectors and is_small else len(order), c_conv)
+        # A prepared layer has its kernels laid out for C, and its attention in the same call.
+        is_first = question == 'prepared' or has_wide_vectors and is_small
+        order.insert(0 if is_first else len(order), c_conv)
     return order

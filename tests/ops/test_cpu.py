@@ -45,5 +45,11 @@ def test_c_comes_first_where_its_vectors_are_wide_and_last_elsewhere(question, c
     assert cpu.algorithms(question, make_case())[place] is c_conv
 
 
+def test_in_a_prepared_network_c_comes_first_on_every_processor(monkeypatch):
+    monkeypatch.setattr(c_conv, 'supports', lambda case: True)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
+    assert cpu.algorithms('prepared', make_case(size=40))[0] is c_conv
+
+
 def test_large_images_are_convolved_one_by_one():
     assert cpu.algorithms('backward', make_case(size=40))[0] is per_image
