@@ -1,7 +1,7 @@
 """What a dynamic convolution is asked to do, as one value.
 
-Algorithms say whether they support it, and timings are kept by it.
-`output_size` is the only place that knows how many pixels a convolution has.
+Algorithms say whether they support it, and timings are kept by it. `output_size` is the only place that knows how many
+pixels a convolution has.
 """
 from functools import lru_cache
 from typing import NamedTuple
@@ -9,7 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import is_channels_last
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 class Attention(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .cache import cache_bytes
 from .case import Attention, Case, Gradients
-from .layout import gated, kernel_rows, patches_of, per_element, rows_are_pixels, share_and_bank, sum_patches
+from .layout import gated, kernel_attn_of, kernel_rows, patches_of, per_element, rows_are_pixels, sum_patches
 
 NARROWEST = 32  # output channels: narrower matrices are multiplied at half the speed
 
@@ -23,15 +23,15 @@ def supports(case: Case) -> bool:
 def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
     """The result (B, O, H', W'), as in `reference.forward`."""
     last = rows_are_pixels(case)
-    patches = patches_of(gated(x, attention.in_attn), weight, case)  # (B, P, R)
+    patches = patches_of(gated(x, attention.in_attn), case)  # (B, P, R)
     if attention.tap_attn is not None:
         patches = patches * per_element(attention.tap_attn, weight).to(x.dtype)
-    share, bank = share_and_bank(weight, attention, case)
+    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
     y = x.new_empty((case.batch, case.out_pixels, case.out_channels) if last else (
         case.batch, case.out_channels, case.out_pixels))
     tiles, memory = _tiles(case, bank, 4 * cache_bytes(2), bank.dtype)
     for tile in tiles:
-        kernels = _mix(share, bank[:, tile], memory).to(x.dtype)  # (B, o, R)
+        kernels = _mix(kernel_attn, bank[:, tile], memory).to(x.dtype)  # (B, o, R)
         matrices = (patches, kernels.mT) if last else (kernels, patches.mT)
         if len(tiles) == 1:
             torch.bmm(*matrices, out=y)
@@ -55,20 +55,20 @@ def image_gradient(
         grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and in_attn."""
     last = rows_are_pixels(case)
-    share, bank = share_and_bank(weight, attention, case)
+    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
     grad_pixels = gated(grad_y, attention.out_attn).flatten(2)  # (B, O, P)
     size = case.batch, case.out_pixels, bank.shape[2]
     grad_patches = x.new_empty(size if last else (size[0], size[2], size[1]))
     tiles, memory = _tiles(case, bank, 4 * cache_bytes(2), bank.dtype)
     for tile in tiles:
-        matrices = grad_pixels[:, tile].mT, _mix(share, bank[:, tile], memory).to(x.dtype)
+        matrices = grad_pixels[:, tile].mT, _mix(kernel_attn, bank[:, tile], memory).to(x.dtype)
         if not last:
             matrices = matrices[1].mT, matrices[0].mT
         grad_patches.baddbmm_(*matrices, beta=int(tile.start > 0))
     grad_patches = grad_patches if last else grad_patches.mT  # (B, P, R)
     if attention.tap_attn is not None:
         grad_patches *= per_element(attention.tap_attn, weight).to(x.dtype)
-    grad_x = sum_patches(grad_patches, x, weight, case)
+    grad_x = sum_patches(grad_patches, x, case)
     if attention.in_attn is None:
         return grad_x, None
     # image by image: the products of a whole batch would be written to memory and read again
@@ -84,22 +84,22 @@ def kernel_gradient(
     They need no mixed kernel: all come from the products of the gradient of each image's kernel, before its factors,
     with each of the K kernels, by output channel and, if there are factors of the taps, by tap.
     """
-    kernel_attn, in_attn, out_attn, tap_attn = attention
+    _, in_attn, out_attn, tap_attn = attention
     if tap_attn is not None:
         weight = weight.contiguous(memory_format=torch.channels_last)  # the weights of a tap are a row of a matrix
         case = case._replace(weight_channels_last=True)
-    share, bank = share_and_bank(weight, attention, case)
+    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
     B, K, O, dtype = case.batch, case.num_kernels, case.out_channels, weight.dtype
-    out = share.new_ones(B, O) if out_attn is None else out_attn
-    tap = share.new_ones(B, 1) if tap_attn is None else tap_attn
+    out = kernel_attn.new_ones(B, O) if out_attn is None else out_attn
+    tap = kernel_attn.new_ones(B, 1) if tap_attn is None else tap_attn
     taps = tap.shape[1]
     gates = out[:, :, None] * tap[:, None]  # (B, O, taps)
 
-    patches = patches_of(gated(x, in_attn), weight, case)  # (B, P, R)
+    patches = patches_of(gated(x, in_attn), case)  # (B, P, R)
     grad_pixels = grad_y.flatten(2)  # (B, O, P)
     grad_weight = torch.empty_like(weight)
     grad_bank = kernel_rows(grad_weight, K)
-    products = share.new_empty(O, taps, K, B)
+    products = kernel_attn.new_empty(O, taps, K, B)
     tiles, memory = _tiles(case, bank, 10 * cache_bytes(2), grad_y.dtype)  # for each tile, all patches are read
     for tile in tiles:
         o = tile.stop - tile.start
@@ -108,14 +108,14 @@ def kernel_gradient(
         torch.bmm(bank_rows.transpose(0, 1), rows.permute(1, 2, 0), out=products[tile].flatten(0, 1))
         if out_attn is not None or tap_attn is not None:
             rows *= gates[:, tile].flatten(1)[..., None]
-        torch.mm(share.T, G.flatten(1), out=grad_bank[:, tile].flatten(1))
+        torch.mm(kernel_attn.T, G.flatten(1), out=grad_bank[:, tile].flatten(1))
 
     by_channel = torch.einsum('otkb,bt->okb', products, tap)
     return grad_weight, Attention(
-        None if kernel_attn is None else torch.einsum('okb,bo->bk', by_channel, out),
+        None if attention.kernel_attn is None else torch.einsum('okb,bo->bk', by_channel, out),
         None,
-        None if out_attn is None else torch.einsum('okb,bk->bo', by_channel, share),
-        None if tap_attn is None else torch.einsum('otkb,bk,bo->bt', products, share, out),
+        None if out_attn is None else torch.einsum('okb,bk->bo', by_channel, kernel_attn),
+        None if tap_attn is None else torch.einsum('otkb,bk,bo->bt', products, kernel_attn, out),
     )
 
 
@@ -132,8 +132,8 @@ def _part_of(memory: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return memory[:shape[0] * shape[1] * shape[2]].view(shape)
 
 
-def _mix(share: Tensor, tile: Tensor, memory: Tensor) -> Tensor:
-    """share (B, K), tile (K, o, R) -> mixed kernels (B, o, R) in `memory`"""
-    kernels = _part_of(memory, (len(share), *tile.shape[1:]))
-    torch.mm(share, tile.flatten(1), out=kernels.flatten(1))
+def _mix(kernel_attn: Tensor, tile: Tensor, memory: Tensor) -> Tensor:
+    """kernel_attn (B, K), tile (K, o, R) -> mixed kernels (B, o, R) in `memory`"""
+    kernels = _part_of(memory, (len(kernel_attn), *tile.shape[1:]))
+    torch.mm(kernel_attn, tile.flatten(1), out=kernels.flatten(1))
     return kernels

@@ -7,13 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
-
-
-def is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+from .case import Attention, Case, is_channels_last
 
 
 def gated(x: Tensor, attn: Tensor | None) -> Tensor:
@@ -27,10 +21,9 @@ def kernel_rows(weight: Tensor, num_kernels: int) -> Tensor:
     return rows.reshape(num_kernels, weight.shape[0] // num_kernels, -1)
 
 
-def share_and_bank(weight: Tensor, attention, case) -> tuple[Tensor, Tensor]:
-    """kernel_attn (B, K), of ones where there is none, and `kernel_rows`."""
-    share = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
-    return share, kernel_rows(weight, case.num_kernels)
+def kernel_attn_of(attention: Attention, weight: Tensor, case: Case) -> Tensor:
+    """kernel_attn (B, K); ones where a single kernel has none."""
+    return weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
 
 
 def per_element(tap_attn: Tensor, weight: Tensor) -> Tensor:
@@ -39,7 +32,7 @@ def per_element(tap_attn: Tensor, weight: Tensor) -> Tensor:
     return (tap_attn.repeat_interleave(I, 1) if is_channels_last(weight) else tap_attn.repeat(1, I))[:, None]
 
 
-def patches_of(x, weight, case) -> Tensor:
+def patches_of(x: Tensor, case: Case) -> Tensor:
     """x (B, I, H, W) -> what each output pixel sees (B, P, R), R in the order of the kernels"""
     windows = _windows(_padded(x, case), case)  # (B, I, kh, kw, H', W')
     if rows_are_pixels(case):
@@ -47,7 +40,7 @@ def patches_of(x, weight, case) -> Tensor:
     return windows.reshape(len(x), -1, case.out_pixels).mT
 
 
-def sum_patches(grad_patches, x, weight, case) -> Tensor:
+def sum_patches(grad_patches: Tensor, x: Tensor, case: Case) -> Tensor:
     """Adjoint of `patches_of`: (B, P, R) -> (B, I, H, W)"""
     height, width = case.output_size
     kh, kw = case.kernel_size
@@ -66,18 +59,18 @@ def sum_patches(grad_patches, x, weight, case) -> Tensor:
     return grad_padded[:, :, top:top + x.shape[2], left:left + x.shape[3]]
 
 
-def rows_are_pixels(case) -> bool:
+def rows_are_pixels(case: Case) -> bool:
     """Whether the patches are laid out pixel by pixel, as in channels_last. 1x1 kernels have one layout for both."""
     return case.channels_last if case.kernel_size == (1, 1) else case.weight_channels_last
 
 
-def _padded(x: Tensor, case) -> Tensor:
+def _padded(x: Tensor, case: Case) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last if rows_are_pixels(case) else torch.contiguous_format)
     top, left = case.padding
     return F.pad(x, (left, left, top, top)) if top or left else x
 
 
-def _windows(padded: Tensor, case) -> Tensor:
+def _windows(padded: Tensor, case: Case) -> Tensor:
     """A view (B, I, kh, kw, H', W') of the padded images (B, I, H, W)."""
     b, c, h, w = padded.stride()
     return padded.as_strided(

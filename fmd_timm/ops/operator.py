@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, cuda, reference
-from .case import Attention, Case, case_of, output_size, used_taps
+from .case import Attention, Case, case_of, memory_format, output_size, used_taps
 from .fastest import fastest
-from .layout import memory_format
 
 ARGUMENTS = (
     'Tensor x, Tensor weight, Tensor? kernel_attn, Tensor? in_attn, Tensor? out_attn, Tensor? tap_attn, '

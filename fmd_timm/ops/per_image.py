@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import cache_bytes
-from .case import Attention, Case, Gradients
-from .layout import gated, is_channels_last, kernel_rows, memory_format, share_and_bank
+from .case import Attention, Case, Gradients, is_channels_last, memory_format
+from .layout import gated, kernel_attn_of, kernel_rows
 
 
 def supports(case: Case) -> bool:
@@ -19,7 +19,7 @@ def supports(case: Case) -> bool:
 
 def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
     """The result (B, O, H', W'), as in `reference.forward`."""
-    share, bank = share_and_bank(weight, attention, case)
+    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
     in_gate, out_gate, tap_gate = _gates(attention, case)
     # The channels' gates go where there are fewer numbers to multiply: into the kernels, or into the images.
     gates_kernels = case.kernel_numel <= 2 * case.image_numel
@@ -27,7 +27,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
     y = _empty(x, case.batch, case.out_channels, case.output_size)
     parts, memory = _parts(bank, case, 10 * cache_bytes(2))
     for part in parts:
-        kernels = _gate_(_mix(share[part], bank, weight, memory), part, *gates).to(x.dtype)
+        kernels = _gate_(_mix(kernel_attn[part], bank, weight, memory), part, *gates).to(x.dtype)
         images = x[part] if gates_kernels or in_gate is None else gated(x[part], attention.in_attn[part])
         if case.is_pointwise:
             _multiply(kernels.flatten(2), _pixels(images), out=_pixels(y[part]))
@@ -46,14 +46,14 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
 def backward(
         grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
     """Gradients of x, weight and attention; None for what is None."""
-    share, bank = share_and_bank(weight, attention, case)
+    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
     in_gate, out_gate, tap_gate = _gates(attention, case)
     grad_x, grad_weight = _empty(x, *x.shape[:2], x.shape[2:]), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, case.num_kernels).flatten(1)
-    grad_share, grad_in, grad_out, grad_taps = [], [], [], []
+    grad_kernel_attn, grad_in, grad_out, grad_taps = [], [], [], []
     parts, memory = _parts(bank, case, 2 * cache_bytes(2))  # each kernel has a gradient and products with it
     for part in parts:
-        mixed = _mix(share[part], bank, weight, memory)  # (b, O, i, kh, kw)
+        mixed = _mix(kernel_attn[part], bank, weight, memory)  # (b, O, i, kh, kw)
         kernels = _times(mixed, part, in_gate, out_gate, tap_gate).to(x.dtype)
         G = torch.empty_like(mixed)  # the gradient of each image's kernel, gates included
         if case.is_pointwise:
@@ -78,12 +78,12 @@ def backward(
             grad_taps.append(_times(by_tap, part, out_gate).sum((1, 2)).flatten(1))
         G = _gate_(G, part, in_gate, out_gate, tap_gate)
         rows = (G.permute(0, 1, 3, 4, 2) if is_channels_last(weight) else G).flatten(1)  # (b, N)
-        grad_share.append(rows @ bank.flatten(1).T)
-        grad_bank.addmm_(share[part].T, rows)
+        grad_kernel_attn.append(rows @ bank.flatten(1).T)
+        grad_bank.addmm_(kernel_attn[part].T, rows)
     if attention.kernel_attn is None:
-        grad_share = []
+        grad_kernel_attn = []
     return grad_x, grad_weight, Attention(
-        *(torch.cat(parts) if parts else None for parts in (grad_share, grad_in, grad_out, grad_taps)))
+        *(torch.cat(parts) if parts else None for parts in (grad_kernel_attn, grad_in, grad_out, grad_taps)))
 
 
 def _parts(bank: Tensor, case: Case, size: int) -> tuple[list[slice], Tensor]:
@@ -93,10 +93,10 @@ def _parts(bank: Tensor, case: Case, size: int) -> tuple[list[slice], Tensor]:
     return parts, bank.new_empty(step, case.kernel_numel)
 
 
-def _mix(share: Tensor, bank: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
-    """share (b, K), bank (K, O, R) -> mixed kernels (b, O, i, kh, kw) with the strides of `weight`, in `memory`"""
+def _mix(kernel_attn: Tensor, bank: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
+    """kernel_attn (b, K), bank (K, O, R) -> mixed kernels (b, O, i, kh, kw), with the strides of `weight`"""
     O, (_, i, kh, kw) = bank.shape[1], weight.shape
-    rows = torch.mm(share, bank.flatten(1), out=memory[:len(share)])
+    rows = torch.mm(kernel_attn, bank.flatten(1), out=memory[:len(kernel_attn)])
     if is_channels_last(weight):
         return rows.view(-1, O, kh, kw, i).permute(0, 1, 4, 2, 3)
     return rows.view(-1, O, i, kh, kw)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import Attention, Case, Gradients
-from .layout import gated, memory_format
+from .case import Attention, Case, Gradients, memory_format
+from .layout import gated
 
 
 def supports(case: Case) -> bool:

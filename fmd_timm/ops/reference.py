@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .case import Attention, Case, Gradients
-from .layout import gated
+from .layout import gated, kernel_attn_of
 
 
 def supports(case: Case) -> bool:
@@ -40,8 +40,8 @@ def backward(
     that kernel_attn and out_attn need, so that nothing is divided by a gate that may be 0.
     """
     B, K, O = case.batch, case.num_kernels, case.out_channels
-    kernel_attn, in_attn, out_attn, tap_attn = attention
-    share = weight.new_ones(B, 1) if kernel_attn is None else kernel_attn
+    _, in_attn, out_attn, tap_attn = attention
+    kernel_attn = kernel_attn_of(attention, weight, case)
     mixed = _mixed(weight, attention, case)  # (B, O, i, taps)
     out = 1 if out_attn is None else out_attn[:, :, None, None]
     grad_x, G, _ = torch.ops.aten.convolution_backward(
@@ -53,18 +53,17 @@ def backward(
     gated_G = _times_taps(G, attention)
     products = torch.einsum('boit,koit->bko', gated_G, weight.reshape(K, O, -1, mixed.shape[3]))
     gradients = Attention(
-        None if kernel_attn is None else (products * (1 if out_attn is None else out_attn[:, None])).sum(2),
+        None if attention.kernel_attn is None else (products * (1 if out_attn is None else out_attn[:, None])).sum(2),
         None if in_attn is None else (grad_x * x).sum((2, 3)),
-        None if out_attn is None else (products * share[:, :, None]).sum(1),
+        None if out_attn is None else (products * kernel_attn[:, :, None]).sum(1),
         None if tap_attn is None else (G * out * mixed).sum((1, 2)),
     )
-    grad_weight = (share.T @ (gated_G * out).reshape(B, -1)).reshape(weight.shape)
+    grad_weight = (kernel_attn.T @ (gated_G * out).reshape(B, -1)).reshape(weight.shape)
     return gated(grad_x, in_attn), grad_weight, gradients
 
 
 def _mixed(weight: Tensor, attention: Attention, case: Case) -> Tensor:
-    share = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
-    mixed = share @ weight.reshape(case.num_kernels, -1)
+    mixed = kernel_attn_of(attention, weight, case) @ weight.reshape(case.num_kernels, -1)
     return mixed.reshape(case.batch, case.out_channels, weight.shape[1], -1)  # (B, O, i, taps)
 
 
