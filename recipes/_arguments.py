@@ -9,7 +9,7 @@ from pathlib import Path
 
 from _recipe import PRESETS, VALIDATION_SPLITS, Recipe, check_recipe
 
-METHODS = 'cond', 'dy', 'od', 'fmd'
+METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
 
 
 def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:

@@ -147,7 +147,7 @@ def make_record(
     inference = time_inference(
         accelerator, training.inferring, input_size, min(recipe.batch_size, len(validation)), recipe.channels_last)
     return dict(
-        model=recipe.model, method=layer and type(layer).__name__.removesuffix('2d'),
+        model=recipe.model, method=layer and layer.method,
         temperature=recipe.temperature if training.anneals and recipe.annealed_by else None,
         dataset=Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset,
         train_split=train.split, train_images=len(train), validation_split=validation.split,

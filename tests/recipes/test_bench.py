@@ -58,7 +58,8 @@ def test_layers_are_timed_by_every_algorithm(small, monkeypatch):
         (1, 'forward'), (16, 'forward'), (16, 'backward')]
     for case in record['cases']:
         assert {'static', 'reference', 'per_kernel', 'per_image'} < set(case['milliseconds'])
-        assert ('c_conv' in case['milliseconds']) >= (c_conv.is_available() and case['mode'] == 'forward')
+        # 16 channels are too few for its gradients
+        assert ('c_conv' in case['milliseconds']) == (c_conv.is_available() and case['mode'] == 'forward')
 
 
 def test_layers_of_a_network_are_its_dynamic_convolutions():

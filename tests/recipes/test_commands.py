@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from _arguments import METHODS
+
+from fmd_timm import layers
 
 RECIPES = Path(__file__).parents[2] / 'recipes'
 HEAVY = {'torch', 'timm', 'accelerate', 'datasets', 'matplotlib', 'fmd_timm'}
@@ -33,6 +36,10 @@ def run_command(command, *arguments):
         env=dict(os.environ, PYTHONPATH=str(RECIPES)), timeout=60)
     code, modules = json.loads(done.stdout.splitlines()[-1])
     return code, HEAVY & set(modules)
+
+
+def test_the_methods_are_those_of_the_layers():
+    assert METHODS == tuple(layers.METHODS)
 
 
 def test_no_command_is_left_out():
