@@ -1,17 +1,11 @@
 """c_conv: attention and convolution in C are what the definition says in float64, and touch no foreign memory."""
-import os
-import platform
 import random
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fmd_timm.ops import c_conv, c_library, reference
+from fmd_timm.ops import c_conv, reference
 from fmd_timm.ops.case import Attention, case_of
 
 CACHES = 2**12, 2**16, 2**20  # bytes of L2: images one by one, in groups, and in chunks of rows
@@ -254,13 +248,10 @@ def test_a_layer_refuses_sizes_that_can_not_be_convolved():
         layer(torch.zeros(1, 32, 2, 9))
 
 
-def convolve_at_random(seed: int, count: int, library: str | None = None) -> None:
-    """Compare random convolutions with the definition, by a library of its own if one is given."""
+def convolve_at_random(seed: int, count: int) -> None:
+    """Compare random convolutions with the definition."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    if library is not None:
-        loaded = c_library._load(Path(library))
-        c_conv.library = lambda: loaded
 
     def pair(least: int, most: int) -> tuple[int, int]:
         return rng.randint(least, most), rng.randint(least, most)
@@ -297,29 +288,6 @@ def test_random_convolutions_are_what_the_definition_says(seed, monkeypatch):
     c_conv._conv.cache_clear()
 
 
-VECTORS = {  # flags of the compiler, and what /proc/cpuinfo must have
-    'native': ('-march=native', ''), 'avx2': ('-mavx2 -mfma', ' avx2 '), 'sse2': ('-msse2', ' sse2 ')}
-SANITIZERS = {  # flags, and what must be loaded before Python for them
-    'gcc': ('-fsanitize=address,undefined -fno-sanitize-recover=all', ['libasan.so', 'libubsan.so']),
-    'clang': ('-fsanitize=address,undefined -fno-sanitize-recover=all -shared-libsan', [
-        f'libclang_rt.asan-{platform.machine()}.so'])}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('is_sanitized', [False, True], ids=['', 'sanitized'])
-@pytest.mark.parametrize('flags, needed', VECTORS.values(), ids=VECTORS)
-@pytest.mark.parametrize('compiler', SANITIZERS)
-def test_random_convolutions_by_every_compiler_and_vector(compiler, flags, needed, is_sanitized, tmp_path):
-    if not shutil.which(compiler) or needed not in Path('/proc/cpuinfo').read_text():
-        pytest.skip(f'{compiler} {flags} is not for this machine')
-    sanitizer, names = SANITIZERS[compiler] if is_sanitized else ('', [])
-    others = ' '.join(flag for flag in c_library.FLAGS if not flag.startswith('-march'))
-    command = [compiler, *f'{others} {flags} -fopenmp -g {sanitizer}'.split(), str(c_library.SOURCE)]
-    subprocess.run([*command, '-o', str(tmp_path / 'c_conv.so'), '-lm'], check=True)
-    preloaded = [
-        subprocess.run([compiler, f'-print-file-name={name}'], capture_output=True, text=True).stdout for name in names]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), ASAN_OPTIONS='detect_leaks=0')
-    code = f'import test_c_conv; test_c_conv.convolve_at_random(7, 150, {str(tmp_path / "c_conv.so")!r})'
-    subprocess.run(
-        [sys.executable, '-c', code], cwd=Path(__file__).parent, check=True,
-        env=dict(env, LD_PRELOAD=' '.join(map(str.strip, preloaded))))
+def test_random_convolutions_by_every_compiler_and_vector(run_built):
+    run_built('import test_c_conv; test_c_conv.convolve_at_random(7, 150)')
