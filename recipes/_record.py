@@ -61,13 +61,14 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of threads."""
+    """The GPU's name, or the CPU's with its vectors and threads: a virtual machine hides which EPYC or Xeon it is."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text(errors='replace').splitlines() if cpuinfo.exists() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return f'{names[0] if names else platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)'
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f'{name} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)'
 
 
 def versions() -> dict[str, str | None]:
