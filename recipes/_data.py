@@ -1,4 +1,4 @@
-"""Labelled images for the recipes: a Hugging Face dataset in, uint8 batches out, normalised on the device."""
+"""Labelled images for the recipes: the splits and columns of a Hugging Face dataset, and reading an image of them."""
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -9,10 +9,7 @@ import pyarrow.compute
 import torch
 from _recipe import VALIDATION_SPLITS, Recipe
 from PIL import Image
-from timm.data import ToNumpy, create_transform, rand_augment_transform
-from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
-from torchvision import transforms
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 CHECKED_BYTES = 2**30  # up to this size every image is decoded once before training starts
@@ -222,63 +219,3 @@ def open_images(recipe: Recipe) -> dict[str, LabelledImages]:
     if recipe.batch_size > len(train):
         raise SystemExit(f'--batch-size must be at most the {len(train)} training images, got {recipe.batch_size}')
     return images
-
-
-def train_transform(size: int, crop: str, hflip: float, aa: str | None, interpolation: str, mean: tuple):
-    """timm's training transform, or for small images the one of the CIFAR papers: pad by an eighth, crop, flip.
-
-    Args:
-        size: Pixels of the square result.
-        crop: 'rrc' (random resized crop) or 'pad'.
-        hflip: Probability of a horizontal flip.
-        aa: timm's RandAugment policy, such as 'rand-m9-mstd0.5-inc1'.
-        interpolation: Of the resizing.
-        mean: Of the data, 0 to 1: RandAugment fills with it.
-    """
-    if crop == 'rrc':
-        return create_transform(
-            size, is_training=True, hflip=hflip, auto_augment=aa, color_jitter=None, interpolation=interpolation,
-            mean=mean, use_prefetcher=True,
-        )
-    steps = [transforms.Resize((size, size)), transforms.RandomCrop(size, padding=size // 8)]
-    if hflip:
-        steps.append(transforms.RandomHorizontalFlip(hflip))
-    if aa:
-        steps.append(rand_augment_transform(aa, dict(img_mean=tuple(round(255 * m) for m in mean))))
-    return transforms.Compose([*steps, ToNumpy()])
-
-
-def eval_transform(data_config: dict):
-    """timm's evaluation transform for a model's data configuration, up to the normalisation."""
-    return create_transform(**dict(data_config, is_training=False, use_prefetcher=True))
-
-
-def make_loaders(
-        recipe: Recipe,
-        images: dict[str, LabelledImages],
-        data_config: dict,
-        pin_memory: bool,
-) -> tuple[DataLoader, DataLoader]:
-    """Batches to train and to validate on, of the images that open_images found; sets their transforms."""
-    images['train'].transform = train_transform(
-        recipe.image_size, recipe.crop, recipe.hflip, recipe.aa, data_config['interpolation'], data_config['mean'])
-    images['validation'].transform = eval_transform(data_config)
-    kwargs = dict(
-        batch_size=recipe.batch_size // recipe.accumulate, num_workers=recipe.num_workers,
-        persistent_workers=recipe.num_workers > 0, pin_memory=pin_memory,
-    )
-    train_loader = DataLoader(images['train'], shuffle=True, drop_last=True, **kwargs)
-    return train_loader, DataLoader(images['validation'], **kwargs)
-
-
-class Normalize(torch.nn.Module):
-    """(B, 3, H, W) uint8 -> float32 with the data's mean and standard deviation, on the images' device."""
-
-    def __init__(self, mean: tuple, std: tuple, channels_last: bool = False):
-        super().__init__()
-        self.register_buffer('mean', torch.tensor(mean).view(1, -1, 1, 1) * 255)
-        self.register_buffer('std', torch.tensor(std).view(1, -1, 1, 1) * 255)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
-    def forward(self, images: Tensor) -> Tensor:
-        return ((images.float() - self.mean) / self.std).contiguous(memory_format=self.memory_format)

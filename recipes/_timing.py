@@ -22,7 +22,8 @@ from pathlib import Path
 import timm
 import torch
 from _accelerator import make_accelerator
-from _data import make_loaders, open_images
+from _data import open_images
+from _loaders import make_loaders
 from _measure import time_inference
 from _recipe import Recipe
 from _record import circumstances, hardware, write_json

@@ -7,7 +7,8 @@ from functools import partial
 
 import _optim
 import torch
-from _data import LabelledImages, Normalize
+from _data import LabelledImages
+from _loaders import Normalize
 from _measure import synchronize
 from _recipe import Recipe
 from accelerate import Accelerator

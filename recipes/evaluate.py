@@ -11,7 +11,8 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_evaluate(sys.argv[1:], __doc__)
 
 from _accelerator import PROCESS_GROUP, auto_precision, usable_cores, use_all_cores
-from _data import LabelledImages, Normalize, choose_split, eval_transform, open_dataset
+from _data import LabelledImages, choose_split, open_dataset
+from _loaders import Normalize, eval_transform
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import VALIDATION_SPLITS
 from _record import device_name

@@ -22,7 +22,8 @@ import _optim
 import timm
 import torch
 from _accelerator import broadcast_buffers, make_accelerator
-from _data import LabelledImages, make_loaders, open_images
+from _data import LabelledImages, open_images
+from _loaders import make_loaders
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import EXECUTION, Recipe, check_recipe
 from _record import circumstances, hardware, read_json, write_json

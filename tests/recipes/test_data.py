@@ -3,6 +3,7 @@ import io
 import random
 
 import _data
+import _loaders
 import datasets
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_a_folder_of_images_by_class_is_a_dataset(tmp_path):
 
 
 def test_augmentation_depends_on_seed_epoch_and_row_but_not_on_the_workers(digits):
-    transform = _data.train_transform(8, 'pad', 0.5, 'rand-m9-mstd0.5-inc1', 'bilinear', (0.5, 0.5, 0.5))
+    transform = _loaders.train_transform(8, 'pad', 0.5, 'rand-m9-mstd0.5-inc1', 'bilinear', (0.5, 0.5, 0.5))
     images = open_images(digits['train'].select(range(32)), transform=transform, seed=3)
 
     def epoch(number, workers):
@@ -65,7 +66,8 @@ def test_augmentation_depends_on_seed_epoch_and_row_but_not_on_the_workers(digit
 
 
 def test_reading_images_leaves_the_global_random_states_alone(digits):
-    images = open_images(digits['train'], transform=_data.train_transform(8, 'rrc', 0.5, None, 'bilinear', (0.5,) * 3))
+    transform = _loaders.train_transform(8, 'rrc', 0.5, None, 'bilinear', (0.5,) * 3)
+    images = open_images(digits['train'], transform=transform)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     images[0]
     assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
@@ -76,10 +78,10 @@ def test_evaluation_equals_timms_own_pipeline(digits):
     config = timm.data.resolve_data_config(dict(input_size=(3, 32, 32), mean=(0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4)))
     image = digits['test'][0]['image'].convert('RGB')
     expected = timm.data.create_transform(**config)(image)
-    images = open_images(digits['test'], transform=_data.eval_transform(config))
+    images = open_images(digits['test'], transform=_loaders.eval_transform(config))
     batch, _ = next(iter(DataLoader(images, batch_size=1)))
     assert batch.dtype == torch.uint8
-    torch.testing.assert_close(_data.Normalize(config['mean'], config['std'])(batch)[0], expected)
+    torch.testing.assert_close(_loaders.Normalize(config['mean'], config['std'])(batch)[0], expected)
 
 
 def test_gray_and_rotated_images_come_out_upright_and_in_colour():

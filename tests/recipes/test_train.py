@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import _checkpoints
 import _data
+import _loaders
 import datasets
 import evaluate
 import processes
@@ -55,8 +56,8 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     assert all(m.kernel_temperature.item() == 1 for m in model.modules() if hasattr(m, 'kernel_temperature'))
     images = _data.LabelledImages(
         _data.open_dataset(str(digits_folder))['test'], 'test', 'test',
-        _data.eval_transform(timm.data.resolve_model_data_config(model)))
-    normalize = _data.Normalize(model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
+        _loaders.eval_transform(timm.data.resolve_model_data_config(model)))
+    normalize = _loaders.Normalize(model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
     batch, labels = torch.utils.data.default_collate([images[i] for i in range(50)])
     with torch.no_grad():
         right = (model(normalize(batch)).argmax(1) == labels).sum().item()
@@ -199,7 +200,7 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(digits_folder, tmp_path,
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits_folder, tmp_path, monkeypatch):
-    normalize = _data.Normalize.forward
+    normalize = _loaders.Normalize.forward
     calls = []
 
     def poisoned(self, images):
@@ -207,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
         # 4 batches to train and 4 to validate in epoch 1: the tenth is step 5, the second of epoch 2
         return normalize(self, images) * (float('nan') if len(calls) == 10 else 1)
 
-    monkeypatch.setattr(_data.Normalize, 'forward', poisoned)
+    monkeypatch.setattr(_loaders.Normalize, 'forward', poisoned)
     with pytest.raises(SystemExit, match=r'the loss is nan at step 5 with learning rate 0\.0'):
         run(make_recipe(digits_folder), tmp_path)
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['epoch_0001']
