@@ -1,7 +1,8 @@
 """Dynamic convolution on the CPU: which algorithms are tried, and in which order.
 
 The numbers of pixels are from timings of single convolutions of ResNets (`recipes/bench.py --layers`) on an Intel Xeon
-and an AMD EPYC with AVX-512. Where they don't fit a machine, `torch.backends.cudnn.benchmark` finds out (`fastest.py`).
+and an AMD EPYC with AVX-512; what holds for AVX2 is from an AMD EPYC. Where they don't fit a machine,
+`torch.backends.cudnn.benchmark` finds out (`fastest.py`).
 """
 import torch
 
@@ -31,9 +32,10 @@ def algorithms(question: str, case: Case) -> list:
         order = [im2col, per_image, per_kernel]
     order = [algorithm for algorithm in order if hasattr(algorithm, direction) and algorithm.supports(case)]
     if (c_conv.differentiates if direction == 'backward' else c_conv.supports)(case):
-        has_wide_vectors = torch.backends.cpu.get_cpu_capability() == 'AVX512'
+        vectors = torch.backends.cpu.get_cpu_capability()
+        has_vectors = vectors == 'AVX512' or vectors == 'AVX2' and direction == 'backward'
         is_small = case.out_pixels < (500 if case.kernel_size == (1, 1) else 1000)
         # A prepared layer has its kernels laid out for C, and its attention in the same call.
-        is_first = question == 'prepared' or has_wide_vectors and is_small
+        is_first = question == 'prepared' or has_vectors and is_small
         order.insert(0 if is_first else len(order), c_conv)
     return order

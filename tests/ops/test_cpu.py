@@ -37,9 +37,12 @@ def test_one_kernel_is_a_plain_convolution_and_depthwise_is_a_grouped_one():
     assert cpu.algorithms('forward', make_case(groups=32))[0] is reference
 
 
-@pytest.mark.parametrize('question', ['forward', 'backward'])
-@pytest.mark.parametrize('capability, place', [('AVX512', 0), ('AVX2', -1), ('DEFAULT', -1)])
-def test_c_comes_first_where_its_vectors_are_wide_and_last_elsewhere(question, capability, place, monkeypatch):
+@pytest.mark.parametrize('capability, question, place', [
+    ('AVX512', 'forward', 0), ('AVX512', 'backward', 0), ('AVX2', 'forward', -1), ('AVX2', 'backward', 0),
+    ('DEFAULT', 'forward', -1), ('DEFAULT', 'backward', -1),
+])
+def test_c_comes_first_where_the_vectors_are_wide_enough_for_it_and_last_elsewhere(
+        capability, question, place, monkeypatch):
     monkeypatch.setattr(c_conv, 'supports', lambda case: True)
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     assert cpu.algorithms(question, make_case())[place] is c_conv
