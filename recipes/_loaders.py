@@ -1,7 +1,10 @@
 """From labelled images to batches: transforms of PIL images to uint8, loaders, normalisation on the device."""
+from collections.abc import Iterable
+
 import torch
 from _data import LabelledImages
 from _recipe import Recipe
+from accelerate import skip_first_batches
 from timm.data import ToNumpy, create_transform, rand_augment_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -50,9 +53,25 @@ def make_loaders(
     kwargs = dict(
         batch_size=recipe.batch_size // recipe.accumulate, num_workers=recipe.num_workers,
         persistent_workers=recipe.num_workers > 0, pin_memory=pin_memory,
+        generator=torch.Generator(),  # not the global one: an epoch may begin anywhere and must not disturb a step
     )
     train_loader = DataLoader(images['train'], shuffle=True, drop_last=True, **kwargs)
     return train_loader, DataLoader(images['validation'], **kwargs)
+
+
+def batches_of(loader: DataLoader, epoch: int, first: int = 0) -> Iterable:
+    """The batches of an epoch from the one numbered `first` on, without reading the images before it.
+
+    A run that was stopped within an epoch goes on with them. They and what is drawn for their augmentation must be
+    those of an uninterrupted epoch, so they depend on seed, epoch and number alone, and no global generator is drawn
+    from. A loader that isn't a DataLoader has `set_epoch`, and `skip_first_batches` of its own.
+    """
+    loader.set_epoch(epoch)  # and with it the images'
+    if not first:
+        return loader
+    if hasattr(loader, 'skip_first_batches'):
+        return loader.skip_first_batches(first)
+    return skip_first_batches(loader, first)
 
 
 class Normalize(torch.nn.Module):

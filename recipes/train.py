@@ -23,7 +23,7 @@ import timm
 import torch
 from _accelerator import broadcast_buffers, make_accelerator
 from _data import LabelledImages, open_images
-from _loaders import make_loaders
+from _loaders import batches_of, make_loaders
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import EXECUTION, Recipe, check_recipe
 from _record import circumstances, hardware, read_json, write_json
@@ -89,8 +89,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
 
     # The loop
     for epoch in range(progress['epochs_done'], recipe.epochs):
-        train_loader.set_epoch(epoch)  # and with it the images'
-        bar = tqdm(train_loader, f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1, disable=not is_main)
+        batches = batches_of(train_loader, epoch)
+        bar = tqdm(batches, f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1, disable=not is_main)
         seconds, train_loss = train_epoch(training, bar)
         metrics = evaluate(training, validation_loader, len(images['validation']))
         progress |= dict(epochs_done=epoch + 1, metrics=metrics, epoch_seconds=[*progress['epoch_seconds'], seconds])
