@@ -12,7 +12,7 @@ import torch
 
 from .case import Case
 
-RUNS = 4  # of an algorithm, the first of which warms up
+TURNS = 3  # in which the algorithms are timed; one that takes twice as long as another has no more than one
 
 _chosen: dict[tuple, ModuleType] = {}
 
@@ -44,34 +44,28 @@ def fastest(
     if key not in _chosen:
         if case.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
             return algorithms[0]
-        best, chosen = float('inf'), algorithms[0]
-        for algorithm in algorithms:
-            seconds = _seconds(lambda: run(algorithm), case.device, best)  # noqa: B023, it is called at once
-            if seconds < best:
-                best, chosen = seconds, algorithm
-        _chosen[key] = chosen
+        # They take turns, so that a moment in which the machine is busy slows all of them. The first turn warms up.
+        shortest = dict.fromkeys(algorithms, float('inf'))
+        for turn in range(1 + TURNS):
+            for algorithm in algorithms:
+                if turn < 2 or shortest[algorithm] < 2 * min(shortest.values()):
+                    seconds = _seconds(lambda: run(algorithm), case.device)  # noqa: B023, it is called at once
+                    shortest[algorithm] = min(shortest[algorithm], seconds if turn else float('inf'))
+        _chosen[key] = min(shortest, key=shortest.get)
     return _chosen[key]
 
 
-def _seconds(run: Callable[[], object], device: torch.device, best: float) -> float:
-    """Shortest time of a few runs; of one that takes twice the best time so far, it is not run again."""
-    shortest = float('inf')
-    for _ in range(RUNS):
-        try:
-            if device.type == 'cuda':
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                seconds = start.elapsed_time(end) / 1000
-            else:
-                begin = time.perf_counter()
-                run()
-                seconds = time.perf_counter() - begin
-        except torch.OutOfMemoryError:
-            return float('inf')
-        shortest = min(shortest, seconds)
-        if shortest > 2 * best:
-            break
-    return shortest
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    try:
+        if device.type == 'cuda':
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    except torch.OutOfMemoryError:
+        return float('inf')
