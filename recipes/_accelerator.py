@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 from _recipe import Recipe
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast, parse_flag_from_env
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DDPCommunicationHookType,
+    ProjectConfiguration,
+    broadcast,
+    parse_flag_from_env,
+)
 from torch import nn
 
 # How long the processes may wait for one another. The first one downloads, converts and decodes the images for all,
@@ -29,7 +35,7 @@ def make_accelerator(recipe: Recipe, output: Path) -> Accelerator:
     """The accelerator of a run.
 
     Raises:
-        SystemExit: Its processes can't share out the recipe's batches.
+        SystemExit: Its processes can't share out the recipe's batches, or can't do what an option asks for.
     """
     precision = auto_precision() if recipe.precision == 'auto' else recipe.precision
     accelerator = Accelerator(
@@ -41,18 +47,26 @@ def make_accelerator(recipe: Recipe, output: Path) -> Accelerator:
         kwargs_handlers=[
             PROCESS_GROUP,
             # The buffers are sent before an evaluation, by broadcast_buffers below, and not before every step.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True,
+                comm_hook=DDPCommunicationHookType(recipe.comm_hook or 'no')),
         ],
         log_with=None if recipe.tracker == 'none' else recipe.tracker,
         project_config=ProjectConfiguration(output, logging_dir=output / 'logs'),
     )
     use_all_cores(accelerator)
-    parts = accelerator.num_processes * recipe.accumulate * (2 if recipe.mixup or recipe.cutmix else 1)
+    parts = accelerator.num_processes * recipe.accumulate * (2 if recipe.mixes else 1)
     if recipe.batch_size % parts:
         raise SystemExit(
             f'--batch-size must be a multiple of {parts} (processes, accumulation steps, pairs of mixup and CutMix), '
             f'got {recipe.batch_size}'
         )
+    for asked, of_gpus in (recipe.sync_bn and '--sync-bn', True), (
+            recipe.comm_hook and f'--comm-hook {recipe.comm_hook}', recipe.comm_hook == 'bf16'):
+        if asked and accelerator.num_processes == 1:
+            accelerator.print(f'{asked} has no effect: there is one process')
+        elif asked and of_gpus and accelerator.device.type != 'cuda':
+            raise SystemExit(f'{asked} needs CUDA devices, these processes have {accelerator.device.type}')
     return accelerator
 
 

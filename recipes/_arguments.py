@@ -5,9 +5,11 @@ seconds, and a typo is to be answered at once. `description` is the command's do
 """
 import argparse
 import dataclasses
+import types
 from pathlib import Path
 
-from _recipe import PRESETS, VALIDATION_SPLITS, Recipe, check_recipe
+from _presets import PRESETS
+from _recipe import VALIDATION_SPLITS, Recipe, check_effects, check_recipe
 
 METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
 
@@ -18,29 +20,40 @@ def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:
 
 
 def parse_recipe(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    """preset, recipe, output and resume, with no value checked."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument('preset', nargs='?', choices=PRESETS, default='digits')
-    preset = first.parse_known_args([a for a in argv if a not in ('-h', '--help')])[0].preset
-
-    parser = make_parser(description, prog='train.py')
-    parser.add_argument('preset', nargs='?', choices=PRESETS, default='digits', help='the published run to start from')
-    parser.add_argument('--output', type=Path, help='folder for the results (runs/<preset>)')
+    """preset, recipe, output and resume, with no value checked but for those without effect."""
+    parser = make_parser(
+        description, prog='train.py',
+        usage='train.py [preset] [--output FOLDER] [--resume auto|FOLDER] [--option value ...]')
+    parser.add_argument('preset', nargs='?', choices=PRESETS, default='digits', help='the recipe to start from')
+    parser.add_argument('--output', type=Path, metavar='FOLDER', help='for the results (runs/<preset>)')
     parser.add_argument('--resume', metavar='auto|FOLDER', help="checkpoint to go on from; 'auto' is the output's last")
-    options = parser.add_argument_group(f'values of the preset {preset}')
+    add_recipe(parser, PRESETS[next((argument for argument in argv if argument in PRESETS), 'digits')])
+    given = vars(parser.parse_args(argv))
+    output, resume, preset = given.pop('output'), given.pop('resume'), given.pop('preset')
+    recipe = dataclasses.replace(PRESETS[preset], **given)
+    check_effects(recipe, given)
+    return argparse.Namespace(preset=preset, recipe=recipe, output=output or Path('runs', preset), resume=resume)
+
+
+def add_recipe(parser: argparse.ArgumentParser, preset: Recipe) -> None:
+    """An option for each value of a recipe, with the preset's in its help; what isn't given isn't parsed."""
     for field in dataclasses.fields(Recipe):
-        value = getattr(PRESETS[preset], field.name)
-        kwargs = dict(default=value, help=f'{field.metadata["help"]} ({value})'.replace('%', '%%'))
-        kind = next(k for k in getattr(field.type, '__args__', (field.type,)) if k is not type(None))
+        if field.metadata['group']:
+            group = parser.add_argument_group(field.metadata['group'])
+        value = getattr(preset, field.name)
+        shown = ' '.join(map(str, value)) if isinstance(value, list) else value
+        kwargs = dict(
+            default=argparse.SUPPRESS, help=f'{field.metadata["help"]} ({shown})'.replace('%', '%%'))
+        kind = field.type
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in kind.__args__ if k is not type(None))
         if kind is bool:
             kwargs['action'] = argparse.BooleanOptionalAction
+        elif isinstance(kind, types.GenericAlias):  # a list
+            kwargs |= dict(type=kind.__args__[0], metavar=kind.__args__[0].__name__, nargs='+')
         else:
             kwargs |= dict(type=kind, metavar=kind.__name__)
-        options.add_argument('--' + field.name.replace('_', '-'), **kwargs)
-    args = vars(parser.parse_args(argv))
-    output, resume, preset = args.pop('output'), args.pop('resume'), args.pop('preset')
-    return argparse.Namespace(
-        preset=preset, recipe=Recipe(**args), output=output or Path('runs', preset), resume=resume)
+        group.add_argument('--' + field.name.replace('_', '-'), **kwargs)
 
 
 def parse_train(argv: list[str], description: str | None = None) -> argparse.Namespace:

@@ -5,34 +5,49 @@ import torch
 from _data import LabelledImages
 from _recipe import Recipe
 from accelerate import skip_first_batches
-from timm.data import ToNumpy, create_transform, rand_augment_transform
+from PIL import Image
+from timm.data import ToNumpy, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 
-def train_transform(size: int, crop: str, hflip: float, aa: str | None, interpolation: str, mean: tuple):
+def train_transform(recipe: Recipe, size: int, data_config: dict):
     """timm's training transform, or for small images the one of the CIFAR papers: pad by an eighth, crop, flip.
 
     Args:
+        recipe: Of the run.
         size: Pixels of the square result.
-        crop: 'rrc' (random resized crop) or 'pad'.
-        hflip: Probability of a horizontal flip.
-        aa: timm's RandAugment policy, such as 'rand-m9-mstd0.5-inc1'.
-        interpolation: Of the resizing.
-        mean: Of the data, 0 to 1: RandAugment fills with it.
+        data_config: `mean` of the images, which RandAugment fills with, and `interpolation` of the resizing.
     """
-    if crop == 'rrc':
-        return create_transform(
-            size, is_training=True, hflip=hflip, auto_augment=aa, color_jitter=None, interpolation=interpolation,
-            mean=mean, use_prefetcher=True,
-        )
+    kwargs = dict(
+        is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip, auto_augment=recipe.aa,
+        color_jitter=recipe.color_jitter, interpolation=recipe.interpolation or data_config['interpolation'],
+        mean=data_config['mean'], use_prefetcher=True)
+    if recipe.crop == 'rrc':
+        return create_transform(size, **kwargs)
+    _, augment, _ = create_transform(size, separate=True, **kwargs)
     steps = [transforms.Resize((size, size)), transforms.RandomCrop(size, padding=size // 8)]
-    if hflip:
-        steps.append(transforms.RandomHorizontalFlip(hflip))
-    if aa:
-        steps.append(rand_augment_transform(aa, dict(img_mean=tuple(round(255 * m) for m in mean))))
-    return transforms.Compose([*steps, ToNumpy()])
+    if recipe.hflip:
+        steps.append(transforms.RandomHorizontalFlip(recipe.hflip))
+    return transforms.Compose([*steps, augment, ToNumpy()])
+
+
+class ProgressiveTransform:
+    """The training transform of the image size that the epoch has.
+
+    Args:
+        recipe: Of the run.
+        data_config: See train_transform.
+        epoch: (), int64 in shared memory: loading processes that stay see it change.
+    """
+
+    def __init__(self, recipe: Recipe, data_config: dict, epoch: Tensor):
+        self.recipe, self.epoch = recipe, epoch
+        self.transforms = {size: train_transform(recipe, size, data_config) for size in recipe.train_sizes()}
+
+    def __call__(self, image: Image.Image):
+        return self.transforms[self.recipe.train_size(int(self.epoch))](image)
 
 
 def eval_transform(data_config: dict):
@@ -47,8 +62,9 @@ def make_loaders(
         pin_memory: bool,
 ) -> tuple[DataLoader, DataLoader]:
     """Batches to train and to validate on, of the images that open_images found; sets their transforms."""
-    images['train'].transform = train_transform(
-        recipe.image_size, recipe.crop, recipe.hflip, recipe.aa, data_config['interpolation'], data_config['mean'])
+    if recipe.aug_repeats > 1:
+        raise SystemExit(f'--aug-repeats must be 1 as yet, got {recipe.aug_repeats}')
+    images['train'].transform = ProgressiveTransform(recipe, data_config, images['train'].epoch)
     images['validation'].transform = eval_transform(data_config)
     kwargs = dict(
         batch_size=recipe.batch_size // recipe.accumulate, num_workers=recipe.num_workers,

@@ -1,9 +1,84 @@
-"""What fine-tuning changes about training: which parameters learn and how fast, and how much each class weighs."""
+"""What learns, how fast and by which loss: timm's optimizer, schedule and losses with the values of a recipe."""
+from functools import partial
+from typing import Any
+
 import torch
-from timm.optim import param_groups_layer_decay
+from _recipe import Recipe, refuse
+from timm.loss import create_classification_loss
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_layer_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from fmd_timm import DynamicConv2d
+
+
+def check_optimizer(recipe: Recipe) -> None:
+    """Refuse an optimizer that timm doesn't have or that can't work here, and options that it doesn't take.
+
+    Raises:
+        SystemExit: Names the option, what it must be and what it is.
+    """
+    name = recipe.opt.lower().removeprefix('lookahead_')
+    if name not in list_optimizers():
+        refuse(recipe, 'opt', 'one of timm.optim.list_optimizers(), such as sgd, adamw, lamb, lion, muon')
+    info = get_optimizer_info(name)
+    if info.second_order:
+        refuse(recipe, 'opt', 'an optimizer that gradients are enough for')
+    if recipe.opt_eps is not None and not info.has_eps:
+        refuse(recipe, 'opt_eps', f'left out: {recipe.opt} has none')
+    if recipe.opt_betas is not None and len(recipe.opt_betas) != info.has_betas * info.num_betas:
+        expected = f'{info.num_betas} values' if info.has_betas else f'left out: {recipe.opt} has none'
+        refuse(recipe, 'opt_betas', expected)
+    try:
+        create_optimizer_v2([nn.Parameter(torch.zeros(2, 2))], **optimizer_arguments(recipe))
+    except Exception as error:  # of the packages that some need
+        refuse(recipe, 'opt', f'an optimizer that can be made here ({type(error).__name__}: {error})')
+
+
+def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
+    own = dict(eps=recipe.opt_eps, betas=recipe.opt_betas and tuple(recipe.opt_betas))
+    return dict(
+        opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum,
+        **{name: value for name, value in own.items() if value is not None})
+
+
+def make_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    groups = partial(
+        parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
+        head_lr_scale=recipe.head_lr_scale)
+    return create_optimizer_v2(network, param_group_fn=groups, **optimizer_arguments(recipe))
+
+
+def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
+    """timm's schedule of the learning rate, which changes with every step and has `recipe.epochs` in all."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=recipe.sched, num_epochs=recipe.epochs - recipe.cooldown_epochs,
+        decay_epochs=recipe.decay_epochs, decay_milestones=recipe.decay_milestones or (),
+        decay_rate=recipe.decay_rate, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_epochs,
+        warmup_lr=recipe.warmup_lr, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler
+
+
+def make_criterion(recipe: Recipe, labels: list[int] | None, num_classes: int) -> nn.Module:
+    """The loss of (B, num_classes) logits for labels (B,), or targets (B, num_classes) where images are mixed.
+
+    It is the mean, or (B,) losses to take the mean of.
+
+    Args:
+        recipe: Of the run.
+        labels: Of the training images, where classes are weighed.
+        num_classes: How many there are.
+    """
+    weights = balanced_class_weights(labels, num_classes) if recipe.class_weights else None
+    if recipe.bce_loss:
+        return create_classification_loss(
+            'bce', smoothing=recipe.smoothing, soft_targets=recipe.mixes, class_weight=weights,
+            bce_target_thresh=recipe.bce_target_thresh, bce_sum=recipe.bce_sum)
+    # timm's cross-entropy has no weights. PyTorch's mean with weights divides by those of the batch, of which each
+    # process has a part.
+    return nn.CrossEntropyLoss(weights, reduction='none', label_smoothing=0.0 if recipe.mixes else recipe.smoothing)
 
 
 def is_classifier(model: nn.Module, name: str) -> bool:
@@ -70,7 +145,11 @@ def parameter_groups(
 
 
 def balanced_class_weights(labels: list[int], num_classes: int) -> Tensor:
-    """(num_classes,): inverse to the number of images of the class, 1 on average over the images; 0 without images."""
+    """(num_classes,): inverse to the number of images of the class, 1 on average over the images; 0 without images.
+
+    timm's `compute_class_weights` has 1 on average over the classes: images of frequent ones would weigh next to
+    nothing, and the learning rate would mean something else.
+    """
     counts = torch.bincount(torch.tensor(labels), minlength=num_classes).double()
     weights = len(labels) / (counts.count_nonzero() * counts)
     return torch.where(counts > 0, weights, 0.0).float()

@@ -13,10 +13,13 @@ from typing import Any
 
 import timm
 from _accelerator import usable_cores
+from _optim import check_optimizer
 from _recipe import INFLATED, Recipe, refuse
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from huggingface_hub import hf_hub_download
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import parse_model_name
 from torch import nn
 
@@ -31,26 +34,52 @@ FORMS = 'a folder, hf-hub:owner/name or a model.tag registered in timm'
 
 
 def check_names(recipe: Recipe) -> None:
-    """Refuse a model that timm doesn't know, and a tracker that accelerate doesn't or that isn't installed.
+    """Refuse names that no library knows: of a model, an optimizer, a tracker, an augmentation.
 
     Raises:
         SystemExit: Names the option, those that there are, and what it is.
     """
     if recipe.model is not None and not timm.is_model(recipe.model):
         refuse(recipe, 'model', f'a model registered in timm, such as {", ".join(timm.list_models("*_fmd*"))}')
+    check_optimizer(recipe)
+    check_augmentation(recipe)
     trackers = ['none', *(tracker.value for tracker in get_available_trackers())]
     if recipe.tracker not in trackers:
         refuse(recipe, 'tracker', f'one of {", ".join(trackers)} (those that are installed)')
 
 
+def check_augmentation(recipe: Recipe) -> None:
+    """Refuse a policy that timm can't read or apply: it finds that out with an image."""
+    try:
+        transform = create_transform(32, is_training=True, auto_augment=recipe.aa, use_prefetcher=True)
+        transform(Image.new('RGB', (32, 32)))
+    except Exception as error:  # timm's parser has no class of its own
+        refuse(recipe, 'aa', f'a policy of timm, such as rand-m9-mstd0.5-inc1 or 3a ({type(error).__name__}: {error})')
+
+
 def complete(recipe: Recipe, network: nn.Module) -> Recipe:
     """The recipe with what it leaves open said: by the network it starts from, and by the machine it runs on."""
     temperature = 30.0 if recipe.temperature is None and recipe.init is None else recipe.temperature
+    image_size = recipe.image_size or network.pretrained_cfg['input_size'][-1]
     return dataclasses.replace(
-        recipe, model=recipe.model or network.pretrained_cfg['architecture'],
-        image_size=recipe.image_size or network.pretrained_cfg['input_size'][-1], temperature=temperature,
+        recipe, model=recipe.model or network.pretrained_cfg['architecture'], image_size=image_size,
+        test_size=recipe.test_size or image_size, temperature=temperature,
         num_workers=min(recipe.num_workers, usable_cores()),
     )
+
+
+def data_config(recipe: Recipe, network: nn.Module) -> dict[str, Any]:
+    """How images are prepared for the network to be validated, and for whoever uses it then.
+
+    Args:
+        recipe: Complete.
+        network: Whose own values stand where the recipe says nothing.
+    """
+    config = dict(resolve_model_data_config(network), input_size=(3, recipe.test_size, recipe.test_size))
+    config['crop_pct'] = recipe.crop_pct or config['crop_pct']
+    if recipe.interpolation:
+        config['interpolation'] = 'bicubic' if recipe.interpolation == 'random' else recipe.interpolation
+    return config
 
 
 @dataclass(frozen=True)
@@ -116,14 +145,15 @@ def _fetch(asked: str, repo: str, files: tuple[str, ...], what: str) -> tuple[st
     return repo, revision
 
 
-def load_network(source: Source, what: str) -> nn.Module:
+def load_network(source: Source, what: str, **model_args) -> nn.Module:
     """The network of a source.
 
     Raises:
-        SystemExit: timm can't load it.
+        SystemExit: timm can't load it, or it doesn't take an argument.
     """
     try:
-        return timm.create_model(source.name, pretrained=True, pretrained_cfg_overlay=source.cfg_overlay or None)
+        return timm.create_model(
+            source.name, pretrained=True, pretrained_cfg_overlay=source.cfg_overlay or None, **model_args)
     except Exception as error:  # safetensors, torch and timm each have their own
         raise SystemExit(f'{what} {source.asked!r} could not be loaded: {type(error).__name__}: {error}') from error
 
@@ -135,15 +165,12 @@ def sha256(path: str | Path) -> str:
 def first_network(recipe: Recipe) -> tuple[nn.Module, dict[str, Any] | None]:
     """The network of --init and where its weights are from, for the run record; or --model on 'meta', and None."""
     if recipe.init is None:
-        return timm.create_model(recipe.model, device='meta'), None
+        return new_network(recipe, device='meta'), None
     inflated = recipe.init.startswith(INFLATED)
     source = find_source(recipe.init.removeprefix(INFLATED), '--init')
-    network = load_network(source, '--init')
+    network = load_network(source, '--init', **({} if inflated else drop_rates(recipe)))
     cfg = network.pretrained_cfg
-    origin = dict(
-        weights=Path(source.asked).name if source.repo is None else source.asked, architecture=cfg['architecture'],
-        inflated=inflated, repo=source.repo, revision=source.revision, license=cfg.get('license'),
-    )
+    origin = dict(origin_of(source, network), inflated=inflated)
     if cfg['input_size'][0] != 3:
         raise SystemExit(f'--init must be a network for images of 3 channels, {recipe.init} has {cfg["input_size"][0]}')
     if inflated:
@@ -153,6 +180,32 @@ def first_network(recipe: Recipe) -> tuple[nn.Module, dict[str, Any] | None]:
     if recipe.freeze == 'attention' and first_dynamic(network) is None:
         raise SystemExit(f'--freeze attention: {cfg["architecture"]} has no dynamic convolution')
     return network, origin
+
+
+def origin_of(source: Source, network: nn.Module) -> dict[str, Any]:
+    """Where the weights of a network are from."""
+    cfg = network.pretrained_cfg
+    return dict(
+        weights=Path(source.asked).name if source.repo is None else source.asked, architecture=cfg['architecture'],
+        repo=source.repo, revision=source.revision, license=cfg.get('license'))
+
+
+def new_network(recipe: Recipe, **kwargs) -> nn.Module:
+    """--model with random weights, which drops what the recipe says.
+
+    Raises:
+        SystemExit: It doesn't take an argument.
+    """
+    try:
+        return timm.create_model(recipe.model, **drop_rates(recipe), **kwargs)
+    except TypeError as error:
+        raise SystemExit(f'--model {recipe.model}: {error}') from error
+
+
+def drop_rates(recipe: Recipe) -> dict[str, float]:
+    """Those above 0, for timm.create_model."""
+    rates = dict(drop_rate=recipe.drop, drop_path_rate=recipe.drop_path)
+    return {name: rate for name, rate in rates.items() if rate}
 
 
 def first_dynamic(network: nn.Module) -> DynamicConv2d | None:
@@ -165,7 +218,7 @@ def inflate_into(recipe: Recipe, static: nn.Module) -> nn.Module:
     if first_dynamic(static):
         raise SystemExit(f'--init {recipe.init}: a {theirs} is dynamic already, leave out {INFLATED!r}')
     set_seed(recipe.seed)  # of the attention's first layers
-    network = timm.create_model(recipe.model, num_classes=static.num_classes)
+    network = new_network(recipe, num_classes=static.num_classes)
     if first_dynamic(network) is None:
         raise SystemExit(f'--model must be a dynamic network for --init {recipe.init}, got {recipe.model!r}')
     try:

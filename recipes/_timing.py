@@ -3,8 +3,8 @@
 A machine that gets warm, slow or busy must not favour the model whose turn is early: in each of 5 rounds every model
 trains a few steps and classifies a few batches, in the opposite order of the round before, so that the models can be
 compared within a round. The steps are those of `recipes/train.py`, by the same function (`_training.train_epoch`), on
-the images of the recipe, from loading to the optimizer; an epoch is said to take as long as its number of steps. Writes
-`timing.json` with all rounds.
+the images of the recipe, from loading to the optimizer; an epoch is said to take as long as its number of steps, all
+of `--image-size`. Writes `timing.json` with all rounds.
 """
 import sys
 
@@ -23,13 +23,13 @@ import timm
 import torch
 from _accelerator import make_accelerator
 from _data import open_images
+from _distillation import check_teacher, load_teacher
 from _loaders import make_loaders
 from _measure import time_inference
 from _recipe import Recipe
 from _record import circumstances, hardware, write_json
-from _start import check_names, complete
+from _start import check_names, complete, data_config, new_network
 from _training import Training, make_training, train_epoch
-from timm.data import resolve_model_data_config
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -49,17 +49,22 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
         if is_main:
             for part in images.values():
                 part.check_decodable()
+        teacher, _ = load_teacher(recipe)
     asked, recipe = recipe, complete(recipe, timm.create_model(models[0], device='meta'))
-    input_size = (3, recipe.image_size, recipe.image_size)
+    input_size = (3, recipe.test_size, recipe.test_size)
     infer_batch = min(recipe.batch_size, len(images['validation']))
-    networks = {name: timm.create_model(name, num_classes=len(images['train'].label_names)) for name in models}
-    data_config = resolve_model_data_config(networks[models[0]])
-    loader = accelerator.prepare(make_loaders(recipe, images, data_config, device.type == 'cuda')[0])
-    steps_per_epoch = math.ceil(len(loader) / recipe.accumulate)
+    label_names = images['train'].label_names
     # The learning rate is 0: the weights stay as they are, and no loss diverges.
-    timed = dataclasses.replace(recipe, lr=0.0, epochs=1, warmup_epochs=0)
+    timed = dataclasses.replace(recipe, lr=0.0, epochs=1, sched='constant', warmup_epochs=0, image_sizes=None)
+    networks = {
+        name: new_network(dataclasses.replace(recipe, model=name), num_classes=len(label_names)) for name in models}
+    config = data_config(recipe, networks[models[0]])
+    if teacher:
+        check_teacher(teacher, label_names, timed.train_sizes())
+    loader = accelerator.prepare(make_loaders(timed, images, config, device.type == 'cuda')[0])
+    steps_per_epoch = math.ceil(len(loader) / recipe.accumulate)
     trainings = {
-        name: make_training(accelerator, timed, network, data_config, images['train'], STEPS)
+        name: make_training(accelerator, timed, network, config, images['train'], STEPS, teacher)
         for name, network in networks.items()
     }
     batches = endless(loader)

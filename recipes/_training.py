@@ -3,25 +3,29 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import _optim
 import torch
 from _data import LabelledImages
+from _distillation import Teacher
 from _loaders import Normalize
 from _measure import synchronize
+from _mixup import BatchMixup
 from _recipe import Recipe
 from accelerate import Accelerator
-from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler.scheduler import Scheduler
+from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fmd_timm import set_temperature
 from fmd_timm.layers import annealed_temperature
+from fmd_timm.layers.attention import PooledBatchNorm
+
+FEWEST_IMAGES = 16  # of a process and backward pass, for the statistics of the attention's BatchNorm
 
 
 @dataclass
@@ -35,8 +39,8 @@ class Training:
     scheduler: Scheduler
     normalize: Normalize
     erase: RandomErasing
-    mixup: Mixup | None
-    criterion: nn.Module  # (B, num_classes) logits and labels -> (B,) losses
+    mixup: BatchMixup | None
+    task: TrainingTask  # images and labels -> the loss of the model's outputs
     anneals: bool  # whether the temperature falls
     total_steps: int  # of the optimizer
     step: int = 0  # how many of them are done
@@ -60,6 +64,7 @@ def make_training(
         data_config: dict,
         images: LabelledImages,
         total_steps: int,
+        teacher: nn.Module | None = None,
 ) -> Training:
     """Put a network on the accelerator's device and build what its training needs.
 
@@ -70,47 +75,60 @@ def make_training(
         data_config: `mean` and `std` of the images.
         images: Those to train on, whose labels the class weights are counted from.
         total_steps: Of the optimizer, in all epochs.
+        teacher: Whose outputs are learned too.
     """
     device, num_classes = accelerator.device, len(images.label_names)
-    network.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    memory_format = torch.channels_last if recipe.channels_last else torch.preserve_format
+    say_few_images(accelerator, recipe, network)
+    if recipe.sync_bn and accelerator.num_processes > 1:
+        network = convert_sync_batchnorm(network)
+    network.to(device, memory_format=memory_format)
     # None: a checkpoint's temperature stays. To raise it would undo what its attention has learned, and an inflated
     # network needs no high one, because its attention is uniform at any.
     anneals = recipe.temperature is not None and any(
         name.endswith('kernel_temperature') for name, _ in network.named_buffers())
-    optimizer = create_optimizer_v2(
-        network, opt=recipe.opt, lr=recipe.lr, momentum=recipe.momentum,
-        param_group_fn=partial(
-            _optim.parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
-            head_lr_scale=recipe.head_lr_scale),
-    )
     ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-    model, optimizer = accelerator.prepare(network, optimizer)
+    model, optimizer = accelerator.prepare(network, _optim.make_optimizer(recipe, network))
     if recipe.compile:
         model.compile()  # with DistributedDataParallel, which then sends gradients while others are computed
         if ema:
             ema.module.compile()
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched='cosine', num_epochs=recipe.epochs, warmup_epochs=recipe.warmup_epochs, warmup_lr=0.0,
-        step_on_epochs=False, updates_per_epoch=total_steps // recipe.epochs,
-    )
-    mixup, class_weights = None, None
-    if recipe.mixup or recipe.cutmix:
-        mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
-    if recipe.class_weights:
-        class_weights = _optim.balanced_class_weights(images.labels(), num_classes).to(device)
-    # Not PyTorch's weighted mean: it divides by the weights of the batch, which each process has a part of.
-    criterion = nn.CrossEntropyLoss(
-        class_weights, reduction='none', label_smoothing=0.0 if mixup else recipe.smoothing)
+    mixup = None
+    if recipe.mixes:
+        mixup = BatchMixup(
+            recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes, seed=recipe.seed)
+    labels = images.labels() if recipe.class_weights else None
+    task = dict(criterion=_optim.make_criterion(recipe, labels, num_classes), device=device, verbose=False)
+    if teacher is None:
+        task = ClassificationTask(model, **task)
+    else:
+        teacher.to(device, memory_format=memory_format)
+        task = LogitDistillationTask(
+            model, Teacher(teacher, device=device), task_loss_weight=recipe.task_loss_weight,
+            distill_loss_weight=recipe.distill_loss_weight, temperature=recipe.kd_temperature, **task)
+        if recipe.compile:
+            teacher.compile()
     return Training(
-        accelerator, recipe, model, ema, optimizer, scheduler,
+        accelerator, recipe, model, ema, optimizer,
+        _optim.make_scheduler(recipe, optimizer, total_steps // recipe.epochs),
         normalize=Normalize(data_config['mean'], data_config['std'], recipe.channels_last).to(device),
-        erase=RandomErasing(recipe.reprob, mode='pixel', device=device), mixup=mixup, criterion=criterion,
+        erase=RandomErasing(recipe.reprob, mode='pixel', device=device), mixup=mixup, task=task,
         anneals=anneals, total_steps=total_steps,
     )
 
 
+def say_few_images(accelerator: Accelerator, recipe: Recipe, network: nn.Module) -> None:
+    """A pooled image is one value: BatchNorm's statistics are of as many values as a process has images in a pass."""
+    images = recipe.batch_size // (accelerator.num_processes * recipe.accumulate)
+    pooled = any(isinstance(module, PooledBatchNorm) for module in network.modules())
+    if pooled and images < FEWEST_IMAGES and not recipe.sync_bn:
+        accelerator.print(
+            f'warning: the attention takes its BatchNorm statistics of {images} images, those of one process and pass; '
+            f'{FEWEST_IMAGES} or more are better: --batch-size, --accumulate, or --sync-bn on several GPUs')
+
+
 def train_epoch(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Train on batches of images (B, 3, H, W) uint8 and labels (B,); returns the seconds and the last loss.
+    """Train on batches of images (B, 3, H, W) uint8 and labels (B,); returns the seconds and the loss of the last one.
 
     Raises:
         SystemExit: The loss is not finite. It is read one step late, when the device has it: to wait for it at once
@@ -125,23 +143,24 @@ def train_epoch(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) ->
         loss = train_step(training, images, labels)
         if pending:
             check_finite(*pending)
-        pending = start_reading(loss), step, rate
+        # The mean of all processes, so that all of them go on or none.
+        pending = start_reading(training.accelerator.reduce(loss, 'mean')), step, rate
     last_loss = check_finite(*pending)
     synchronize(device)
     return time.perf_counter() - start, last_loss
 
 
 def train_step(training: Training, images: Tensor, labels: Tensor) -> Tensor:
-    """One backward pass, and where it is the last one of its step also the optimizer's; returns the loss."""
+    """One backward pass, and where it is the last one of its step also the optimizer's; returns this process's loss."""
     accelerator, recipe, model = training.accelerator, training.recipe, training.model
     with accelerator.accumulate(model):
         if training.anneals:
             anneal(training)
         images = training.erase(training.normalize(images))
         if training.mixup:
-            images, labels = training.mixup(images, labels)
+            images, labels = training.mixup(images, labels, training.step)
         with accelerator.autocast():
-            loss = training.criterion(model(images), labels).mean()
+            loss = training.task(images, labels)['loss'].mean()
         accelerator.backward(loss)
         if accelerator.sync_gradients and recipe.clip_grad:
             accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad)

@@ -19,18 +19,17 @@ from typing import Any
 
 import _checkpoints
 import _optim
-import timm
 import torch
 from _accelerator import broadcast_buffers, make_accelerator
 from _data import LabelledImages, open_images
+from _distillation import check_teacher, load_teacher
 from _loaders import batches_of, make_loaders
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import EXECUTION, Recipe, check_recipe
 from _record import circumstances, hardware, read_json, write_json
-from _start import check_names, complete, first_dynamic, first_network, fit_classifier
+from _start import check_names, complete, data_config, first_dynamic, first_network, fit_classifier, new_network
 from _training import Training, learning_rate, make_training, train_epoch
 from accelerate.utils import set_seed
-from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -51,10 +50,13 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         torch.backends.cudnn.benchmark = True
     with accelerator.local_main_process_first():  # downloads once on every machine
         network, origin = first_network(recipe)
+        teacher, teacher_origin = load_teacher(recipe)
     asked, recipe = recipe, complete(recipe, network)
     model_bytes = 4 * sum(p.numel() for p in network.parameters())
     checkpoint = _checkpoints.check_output(output, resume, model_bytes)
-    settings = dict(preset=preset, **dataclasses.asdict(asked), init_revision=origin and origin['revision'])
+    settings = dict(
+        preset=preset, **dataclasses.asdict(asked), init_revision=origin and origin['revision'],
+        teacher_revision=teacher_origin and teacher_origin['revision'])
     settings = {name: value for name, value in settings.items() if name not in EXECUTION}
     progress = dict(settings=settings, epochs_done=0, epoch_seconds=[], metrics=None, best_epoch=0, best_top1=-1.0)
     if checkpoint:
@@ -73,19 +75,22 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         if recipe.freeze:
             _optim.freeze(network, recipe.freeze)
     else:
-        network = timm.create_model(recipe.model, num_classes=len(label_names))
-    data_config = dict(resolve_model_data_config(network), input_size=(3, recipe.image_size, recipe.image_size))
+        network = new_network(recipe, num_classes=len(label_names))
+    if teacher:
+        check_teacher(teacher, label_names, recipe.train_sizes())
+    config = data_config(recipe, network)
     train_loader, validation_loader = accelerator.prepare(
-        *make_loaders(recipe, images, data_config, pin_memory=device.type == 'cuda'))
+        *make_loaders(recipe, images, config, pin_memory=device.type == 'cuda'))
     steps_per_epoch = math.ceil(len(train_loader) / recipe.accumulate)
     training = make_training(
-        accelerator, recipe, network, data_config, images['train'], recipe.epochs * steps_per_epoch)
+        accelerator, recipe, network, config, images['train'], recipe.epochs * steps_per_epoch, teacher)
     training.step = progress['epochs_done'] * steps_per_epoch
     set_seed(recipe.seed, device_specific=True)  # mixup and dropout differ between the processes
     if checkpoint:
         _checkpoints.load(accelerator, checkpoint, training.ema)
     if recipe.tracker != 'none':
-        accelerator.init_trackers('fmd_timm', {k: v for k, v in settings.items() if v is not None})
+        given = {name: value for name, value in settings.items() if value is not None}
+        accelerator.init_trackers('fmd_timm', {k: str(v) if isinstance(v, list) else v for k, v in given.items()})
 
     # The loop
     for epoch in range(progress['epochs_done'], recipe.epochs):
@@ -105,10 +110,11 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     record = None
     if is_main:
         final = accelerator.unwrap_model(training.evaluated)
-        save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=data_config)
+        save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=config)
         model_args = read_json(output / 'config.json').get('model_args', {})
         model_args = {k: v for k, v in model_args.items() if k not in ('in_chans', 'global_pool')}  # always there
-        record = dict(preset=preset, recipe=dataclasses.asdict(asked), init=origin, model_args=model_args)
+        record = dict(preset=preset, recipe=dataclasses.asdict(asked), init=origin, teacher=teacher_origin)
+        record |= dict(model_args=model_args)
         record |= make_record(training, final, images, progress)
         write_json(output / 'result.json', record)
         print(results_table(record))
@@ -143,7 +149,7 @@ def make_record(
     """What the run was and reached; the rest of the record is what it was asked to be."""
     accelerator, recipe, metrics = training.accelerator, training.recipe, progress['metrics']
     train, validation, layer = images['train'], images['validation'], first_dynamic(network)
-    accuracy, input_size = metrics['top1'] / 100, (3, recipe.image_size, recipe.image_size)
+    accuracy, input_size = metrics['top1'] / 100, (3, recipe.test_size, recipe.test_size)
     epoch_seconds = statistics.median(progress['epoch_seconds'][1:] or progress['epoch_seconds'])
     inference = time_inference(
         accelerator, training.inferring, input_size, min(recipe.batch_size, len(validation)), recipe.channels_last)

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import datasets
 from _data import load_digits
-from _recipe import PRESETS, Recipe
+from _presets import PRESETS
+from _recipe import Recipe
 from _record import circumstances, read_json, write_json
 from train import main as train
 

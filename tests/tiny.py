@@ -4,7 +4,7 @@ import json
 import sys
 
 import train
-from _recipe import PRESETS
+from _presets import PRESETS
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
 

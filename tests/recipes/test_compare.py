@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 import train
-from _recipe import PRESETS
+from _presets import PRESETS
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
@@ -317,7 +317,7 @@ def test_every_preset_is_compared_with_its_static_twin():
     assert compare.parse_compare(['cifar10']).models == [
         'resnet18_cifar', 'resnet18_cond_cifar', 'resnet18_dy_cifar', 'resnet18_od_cifar', 'resnet18_fmd_cifar']
     for preset in 'digits', 'cifar10', 'cifar100', 'imagenet':
-        args = compare.parse_compare([preset, '--epochs', '7'])
+        args = compare.parse_compare([preset, '--sched', 'cosine', '--epochs', '7'])
         assert args.seeds == 3 and args.output == Path('runs', f'compare_{preset}') and args.recipe.epochs == 7
         assert compare.static_first(args.models) == args.models
 

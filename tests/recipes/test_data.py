@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from _recipe import Recipe
 from hub_server import Commit, Repo
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -47,8 +48,12 @@ def test_a_folder_of_images_by_class_is_a_dataset(tmp_path):
     images.check_decodable()
 
 
+def train_transform(**options):
+    return _loaders.train_transform(Recipe(**options), 8, dict(mean=(0.5,) * 3, interpolation='bilinear'))
+
+
 def test_augmentation_depends_on_seed_epoch_and_row_but_not_on_the_workers(digits):
-    transform = _loaders.train_transform(8, 'pad', 0.5, 'rand-m9-mstd0.5-inc1', 'bilinear', (0.5, 0.5, 0.5))
+    transform = train_transform(crop='pad', aa='rand-m9-mstd0.5-inc1')
     images = open_images(digits['train'].select(range(32)), transform=transform, seed=3)
 
     def epoch(number, workers):
@@ -66,7 +71,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_but_not_on_the_workers(digit
 
 
 def test_reading_images_leaves_the_global_random_states_alone(digits):
-    transform = _loaders.train_transform(8, 'rrc', 0.5, None, 'bilinear', (0.5,) * 3)
+    transform = train_transform()
     images = open_images(digits['train'], transform=transform)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     images[0]

@@ -16,7 +16,8 @@ import timm
 import tiny
 import torch
 import torch.nn.functional as F
-from _recipe import FREEZABLE, PRESETS
+from _presets import PRESETS
+from _recipe import FREEZABLE
 from accelerate.state import AcceleratorState
 from hub_server import Commit, Repo
 from safetensors.torch import load_file, save_file

@@ -18,7 +18,8 @@ import timm
 import tiny
 import torch
 import train
-from _recipe import PRESETS, Recipe, check_recipe
+from _presets import PRESETS
+from _recipe import Recipe, check_recipe
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import make_recipe, run

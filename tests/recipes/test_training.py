@@ -53,9 +53,9 @@ def test_the_steps_that_are_timed_are_those_of_training(digits_folder, tmp_path,
     time_models(recipe, [tiny.NAME], tmp_path, monkeypatch)
     assert len(trained) == 4 and len(steps) == 2 * (1 + 4)  # 2 rounds of a step that isn't timed and 4 that are
     expected, timed = trained[0], steps[0]
-    for name in 'model', 'optimizer', 'scheduler', 'ema', 'normalize', 'erase', 'mixup', 'criterion':
+    for name in 'model', 'optimizer', 'ema', 'normalize', 'erase', 'mixup', 'task':
         assert type(getattr(timed, name)) is type(getattr(expected, name)), name
-    assert torch.equal(timed.criterion.weight, expected.criterion.weight) and timed.anneals
+    assert torch.equal(timed.task.criterion.weight, expected.task.criterion.weight) and timed.anneals
     assert {group['lr'] for group in timed.optimizer.param_groups} == {0.0}  # no loss diverges, no weight changes
 
 
