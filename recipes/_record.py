@@ -1,9 +1,12 @@
 """Records of what was measured: written whole or not at all, with the circumstances they were made under."""
 import datetime
+import hashlib
 import json
 import os
 import platform
+import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +18,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from fmd_timm.scores import ies, rcs
+
+# What an epoch's time depends on, besides the recipe. A CPU's name says how many threads it computed with.
+HARDWARE = 'device', 'device_type', 'device_count', 'precision', 'cudnn_benchmark'
+SECRET = re.compile(r'\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)')  # a token, a password in an address
+SECRET_OPTION = re.compile(r'--?[\w-]*(?:token|secret|password|api-?key)', re.IGNORECASE)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -40,7 +49,38 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding='utf-8'))
+    """What a file of JSON holds.
+
+    Raises:
+        OSError: It can't be read.
+        ValueError: It is no JSON, which has no NaN and no infinity either.
+    """
+    def refuse(constant: str):
+        raise ValueError(f'{constant} is not JSON')
+
+    return json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
+
+
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def public(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run as records, cards and trackers may have them, see `_public`."""
+    return {name: _public(value) if isinstance(value, str) else value for name, value in settings.items()}
+
+
+def _public(argument: str) -> str:
+    """An argument with no token in it, and with the name of a folder elsewhere for its path.
+
+    Where somebody's folders are is nobody's business. A path within the current folder stays: it says where things are
+    from a checkout.
+    """
+    prefix, rest = re.fullmatch('((?:--[^=]*=)?(?:inflated:)?(?:local-dir:)?)(.*)', argument, re.DOTALL).groups()
+    path = Path(rest)
+    if path.is_absolute() or '..' in path.parts:
+        rest = path.resolve().name
+    return SECRET.sub('***', prefix + rest)
 
 
 def circumstances(script: str) -> dict[str, Any]:
@@ -57,6 +97,29 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
     return dict(
         device=device_name(device), device_type=device.type, device_count=accelerator.num_processes,
         precision='fp32' if precision == 'no' else precision, cudnn_benchmark=torch.backends.cudnn.benchmark,
+    )
+
+
+def new_leg(accelerator: Accelerator) -> dict[str, Any]:
+    """A part of a run: what one start of it trains on, and the seconds of each epoch that it finishes."""
+    return dict(hardware(accelerator), versions=versions(), git_commit=git_commit(), epoch_seconds=[])
+
+
+def training_times(record: dict[str, Any]) -> dict[str, float | None]:
+    """Times of training and the scores from them, of the epochs on the hardware that the record names.
+
+    The first epoch of each start is left out: it warms up. All are None where no epoch was trained on that hardware,
+    but the run was only finished there.
+    """
+    legs = [leg for leg in record['legs'] if all(leg[name] == record[name] for name in HARDWARE)]
+    warm = [seconds for leg in legs for seconds in leg['epoch_seconds'][1:]]
+    timed = warm or [seconds for leg in legs for seconds in leg['epoch_seconds']]
+    if not timed:
+        return dict.fromkeys(('median_epoch_seconds', 'ies', 'rcs', 'train_images_per_second'))
+    seconds, accuracy = statistics.median(timed), record['top1'] / 100
+    return dict(
+        median_epoch_seconds=seconds, ies=ies(seconds, accuracy), rcs=rcs(seconds, accuracy),
+        train_images_per_second=record['steps_per_epoch'] * record['global_batch'] / seconds,
     )
 
 
@@ -83,9 +146,15 @@ def versions() -> dict[str, str | None]:
 
 
 def command_line(script: str) -> str:
-    """How this process was started, as one would type it."""
+    """How this process was started, as one would type it and may publish it."""
     launcher = 'accelerate launch' if 'ACCELERATE_MIXED_PRECISION' in os.environ else 'python'
-    return f'{launcher} recipes/{script} {shlex.join(sys.argv[1:])}'.strip()
+    arguments, is_secret = [], False
+    for argument in sys.argv[1:]:
+        option, has_value, _ = argument.partition('=')
+        names_secret = SECRET_OPTION.fullmatch(option)
+        arguments.append('***' if is_secret else f'{option}=***' if names_secret and has_value else _public(argument))
+        is_secret = names_secret and not has_value
+    return f'{launcher} recipes/{script} {shlex.join(arguments)}'.strip()
 
 
 def git_commit() -> str | None:

@@ -104,7 +104,8 @@ def _figures(records: list[dict], static_records: list[dict], timing: dict) -> d
     model, static = records[0]['model'], static_records[0]['model']
     own, reference = _of_model(records, timing), _of_model(static_records, timing)
     relative = {name: own[name] / reference[name] for name in ('parameters', 'gmacs', 'peak_memory_mib')}
-    relative['training_epoch_seconds'] = own['training_epoch_seconds'] / reference['training_epoch_seconds']
+    in_training = own['training_epoch_seconds'], reference['training_epoch_seconds']
+    relative['training_epoch_seconds'] = in_training[0] / in_training[1] if None not in in_training else None
     for name in 'epoch_seconds', 'infer_ms_per_image', 'infer_images_per_second':
         relative[name] = _median_ratio(timing[name][model], timing[name][static])
     relative['train_images_per_second'] = _median_ratio(
@@ -130,13 +131,15 @@ def _of_model(records: list[dict], timing: dict) -> dict[str, Any]:
         for name in ('epoch_seconds', 'infer_ms_per_image', 'infer_images_per_second'))
     top1, top5 = (_mean_and_std([record[name] for record in records]) for name in ('top1', 'top5'))
     accuracy = top1['mean'] / 100
+    # None of a run that was finished on other hardware than it was trained on
+    in_training = [seconds for record in records if (seconds := record['median_epoch_seconds']) is not None]
     return dict(
         seeds=[record['seed'] for record in records], parameters=records[0]['parameters'], gmacs=records[0]['gmacs'],
         top1=top1, top5=top5, epoch_seconds=epoch_seconds,
         epoch_seconds_range=[min(timing['epoch_seconds'][model]), max(timing['epoch_seconds'][model])],
         ies=ies(epoch_seconds, accuracy), rcs=rcs(epoch_seconds, accuracy),
         train_images_per_second=timing['steps_per_epoch'] * timing['global_batch'] / epoch_seconds,
-        training_epoch_seconds=statistics.median(record['median_epoch_seconds'] for record in records),
+        training_epoch_seconds=statistics.median(in_training) if in_training else None,
         peak_memory_mib=max(record['peak_memory_mib'] for record in records),
         infer_ms_per_image=ms, infer_images_per_second=rate,
         infer_ms_per_image_range=[min(timing['infer_ms_per_image'][model]), max(timing['infer_ms_per_image'][model])],

@@ -6,7 +6,6 @@ model registered in timm whose weights are on the Hub (`resnet50.a1_in1k`, `resn
 read.
 """
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import timm
 from _accelerator import usable_cores
 from _optim import check_optimizer
 from _recipe import INFLATED, Recipe, refuse
+from _record import sha256
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from huggingface_hub import hf_hub_download
@@ -156,10 +156,6 @@ def load_network(source: Source, what: str, **model_args) -> nn.Module:
             source.name, pretrained=True, pretrained_cfg_overlay=source.cfg_overlay or None, **model_args)
     except Exception as error:  # safetensors, torch and timm each have their own
         raise SystemExit(f'{what} {source.asked!r} could not be loaded: {type(error).__name__}: {error}') from error
-
-
-def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def first_network(recipe: Recipe) -> tuple[nn.Module, dict[str, Any] | None]:

@@ -27,7 +27,7 @@ from _distillation import check_teacher, load_teacher
 from _loaders import make_loaders
 from _measure import time_inference
 from _recipe import Recipe
-from _record import circumstances, hardware, write_json
+from _record import circumstances, hardware, public, write_json
 from _start import check_names, complete, data_config, new_network
 from _training import Training, make_training, train_epoch
 from torch.utils.data import DataLoader
@@ -92,7 +92,7 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
 
     if is_main:
         write_json(output / 'timing.json', dict(
-            preset=preset, recipe=dataclasses.asdict(asked), models=models, rounds=ROUNDS, steps=STEPS,
+            preset=preset, recipe=public(dataclasses.asdict(asked)), models=models, rounds=ROUNDS, steps=STEPS,
             steps_per_epoch=steps_per_epoch, **timings, infer_batch=infer_batch,
             train_images=len(images['train']), validation_images=len(images['validation']),
             num_classes=len(images['train'].label_names), **hardware(accelerator), channels_last=recipe.channels_last,

@@ -31,7 +31,7 @@ import timm
 import torch
 from _accelerator import runs_on_cuda, use_all_cores
 from _recipe import Recipe
-from _record import device_name, versions
+from _record import device_name, public, versions
 from _start import check_names, first_dynamic
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -88,7 +88,7 @@ def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Pat
     found = _report.read_records(output)
     if found:
         here = dict(
-            next(iter(found.values())), recipe=dataclasses.asdict(recipe), device=device_name(device),
+            next(iter(found.values())), recipe=public(dataclasses.asdict(recipe)), device=device_name(device),
             device_count=state.num_processes, versions=versions())
         _report.check_comparable({Path('this run'): here, **found})
     if state.is_main_process:

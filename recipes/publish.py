@@ -25,8 +25,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from _record import read_json, write_json, write_text
-from _start import sha256
+from _record import read_json, sha256, write_json, write_text
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id

@@ -13,7 +13,6 @@ if __name__ == '__main__':  # before the imports below, which take seconds
 
 import dataclasses
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from _distillation import check_teacher, load_teacher
 from _loaders import batches_of, make_loaders
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import EXECUTION, Recipe, check_recipe
-from _record import circumstances, hardware, read_json, write_json
+from _record import circumstances, hardware, new_leg, public, read_json, sha256, training_times, write_json
 from _start import check_names, complete, data_config, first_dynamic, first_network, fit_classifier, new_network
 from _training import Training, learning_rate, make_training, train_epoch
 from accelerate.utils import set_seed
@@ -36,7 +35,8 @@ from tqdm import tqdm
 
 from fmd_timm.hub import save_for_hub
 from fmd_timm.model_card import results_table
-from fmd_timm.scores import ies, ies_infer, rcs, rcs_infer
+from fmd_timm.models._pretrained import WEIGHTS_NAME
+from fmd_timm.scores import ies_infer, rcs_infer
 
 
 def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[str, Any] | None:
@@ -58,9 +58,10 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         preset=preset, **dataclasses.asdict(asked), init_revision=origin and origin['revision'],
         teacher_revision=teacher_origin and teacher_origin['revision'])
     settings = {name: value for name, value in settings.items() if name not in EXECUTION}
-    progress = dict(settings=settings, epochs_done=0, epoch_seconds=[], metrics=None, best_epoch=0, best_top1=-1.0)
+    progress = dict(settings=settings, epochs_done=0, legs=[], metrics=None, best_epoch=0, best_top1=-1.0)
     if checkpoint:
         progress = _checkpoints.read_progress(checkpoint, settings)
+    progress['legs'].append(new_leg(accelerator))
     with accelerator.local_main_process_first():
         images = open_images(recipe)
         if is_main:
@@ -89,7 +90,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     if checkpoint:
         _checkpoints.load(accelerator, checkpoint, training.ema)
     if recipe.tracker != 'none':
-        given = {name: value for name, value in settings.items() if value is not None}
+        given = {name: value for name, value in public(settings).items() if value is not None}
         accelerator.init_trackers('fmd_timm', {k: str(v) if isinstance(v, list) else v for k, v in given.items()})
 
     # The loop
@@ -98,7 +99,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         bar = tqdm(batches, f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1, disable=not is_main)
         seconds, train_loss = train_epoch(training, bar)
         metrics = evaluate(training, validation_loader, len(images['validation']))
-        progress |= dict(epochs_done=epoch + 1, metrics=metrics, epoch_seconds=[*progress['epoch_seconds'], seconds])
+        progress |= dict(epochs_done=epoch + 1, metrics=metrics)
+        progress['legs'][-1]['epoch_seconds'].append(seconds)
         if metrics['top1'] > progress['best_top1']:
             progress |= dict(best_top1=metrics['top1'], best_epoch=epoch + 1)
         logged = dict(metrics, train_loss=train_loss, lr=learning_rate(training.optimizer), epoch_seconds=seconds)
@@ -113,9 +115,10 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=config)
         model_args = read_json(output / 'config.json').get('model_args', {})
         model_args = {k: v for k, v in model_args.items() if k not in ('in_chans', 'global_pool')}  # always there
-        record = dict(preset=preset, recipe=dataclasses.asdict(asked), init=origin, teacher=teacher_origin)
+        record = dict(preset=preset, recipe=public(dataclasses.asdict(asked)), init=origin, teacher=teacher_origin)
         record |= dict(model_args=model_args)
         record |= make_record(training, final, images, progress)
+        record |= dict(training_times(record), weights_sha256=sha256(output / WEIGHTS_NAME))
         write_json(output / 'result.json', record)
         print(results_table(record))
     accelerator.end_training()
@@ -150,7 +153,6 @@ def make_record(
     accelerator, recipe, metrics = training.accelerator, training.recipe, progress['metrics']
     train, validation, layer = images['train'], images['validation'], first_dynamic(network)
     accuracy, input_size = metrics['top1'] / 100, (3, recipe.test_size, recipe.test_size)
-    epoch_seconds = statistics.median(progress['epoch_seconds'][1:] or progress['epoch_seconds'])
     inference = time_inference(
         accelerator, training.inferring, input_size, min(recipe.batch_size, len(validation)), recipe.channels_last)
     return dict(
@@ -160,9 +162,9 @@ def make_record(
         train_split=train.split, train_images=len(train), validation_split=validation.split,
         validation_images=len(validation), num_classes=len(train.label_names), label_names=train.label_names,
         **metrics, best_top1=progress['best_top1'], best_epoch=progress['best_epoch'],
-        epochs=recipe.epochs, epoch_seconds=progress['epoch_seconds'], median_epoch_seconds=epoch_seconds,
-        ies=ies(epoch_seconds, accuracy), rcs=rcs(epoch_seconds, accuracy),
-        train_images_per_second=training.total_steps // recipe.epochs * recipe.batch_size / epoch_seconds,
+        epochs=recipe.epochs, legs=progress['legs'],
+        epoch_seconds=[seconds for leg in progress['legs'] for seconds in leg['epoch_seconds']],
+        steps_per_epoch=training.total_steps // recipe.epochs,
         **inference, ies_infer=ies_infer(inference['infer_ms_per_image'], accuracy),
         rcs_infer=rcs_infer(inference['infer_images_per_second'], accuracy),
         peak_memory_mib=peak_memory_mib(accelerator.device), parameters=sum(p.numel() for p in network.parameters()),

@@ -25,7 +25,7 @@ import datasets
 from _data import load_digits
 from _presets import PRESETS
 from _recipe import Recipe
-from _record import circumstances, read_json, write_json
+from _record import circumstances, public, read_json, write_json
 from train import main as train
 
 RESULT = Path(__file__).parent / 'results' / 'finetune' / 'digits.json'
@@ -51,7 +51,7 @@ def run(preset: str, recipe: Recipe, folder: Path) -> dict:
         train(preset, recipe, folder, 'auto')
         shutil.rmtree(folder / 'checkpoints')
     record = read_json(folder / 'result.json')
-    if record['recipe'] != dataclasses.asdict(recipe):
+    if record['recipe'] != public(dataclasses.asdict(recipe)):
         raise SystemExit(f'{folder} holds a run with other settings: name another --output')
     return record
 

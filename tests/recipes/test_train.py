@@ -1,5 +1,6 @@
 """recipes/train.py: what it leaves, that it can be stopped and go on, and what it refuses."""
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import _checkpoints
 import _data
 import _loaders
+import _record
 import datasets
 import evaluate
 import processes
@@ -49,7 +51,10 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     assert result['gmacs'] > 0 and result['peak_memory_mib'] > 0 and result['infer_ms_per_image'] > 0
     assert {'torch', 'timm', 'fmd-timm'} <= result['versions'].keys()
     assert result['cudnn_benchmark'] == (result['device_type'] == 'cuda') and result['channels_last']
-    assert list((tmp_path / 'logs').rglob('events*'))
+    assert result['weights_sha256'] == hashlib.sha256((tmp_path / 'model.safetensors').read_bytes()).hexdigest()
+    assert result['recipe']['dataset'] == digits_folder.name
+    for path in [*(tmp_path / 'logs').rglob('events*'), *(tmp_path / 'logs').rglob('hparams.yml')]:
+        assert str(digits_folder).encode() not in path.read_bytes()
 
     model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert model.pretrained_cfg['input_size'] == (3, 8, 8)
@@ -85,12 +90,16 @@ def test_a_resumed_run_ends_with_the_same_weights(digits_folder, tmp_path, monke
             run(recipe, tmp_path / 'resumed')
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(1234)  # a new process starts with other random states
+    monkeypatch.setattr(_record, 'device_name', lambda device: 'another CPU')
     resumed = run(recipe, tmp_path / 'resumed', resume='auto')
 
     expected = load_file(tmp_path / 'uninterrupted' / 'model.safetensors')
     for key, tensor in load_file(tmp_path / 'resumed' / 'model.safetensors').items():
         assert torch.equal(tensor, expected[key]), key
-    assert len(resumed['epoch_seconds']) == 3
+    first, second = resumed['legs']
+    assert first['epoch_seconds'] + second['epoch_seconds'] == resumed['epoch_seconds']
+    assert (len(first['epoch_seconds']), second['epoch_seconds']) == (2, [resumed['median_epoch_seconds']])
+    assert first['device'] != second['device'] == resumed['device'] == 'another CPU'
     for key in 'top1', 'top5', 'loss', 'best_top1', 'best_epoch':
         assert resumed[key] == uninterrupted[key]
 
