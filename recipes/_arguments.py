@@ -125,9 +125,12 @@ def parse_predict(argv: list[str], description: str | None = None) -> argparse.N
     parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, or registered model.tag')
     parser.add_argument('images', nargs='+', type=Path, help='files, or folders of them')
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print for each image (5)')
+    parser.add_argument('--output', type=Path, metavar='FILE', help='also write them to a file, .csv or .json')
     args = parser.parse_args(argv)
     if args.top < 1:
         raise SystemExit(f'--top must be at least 1, got {args.top}')
+    if args.output and args.output.suffix not in ('.csv', '.json'):
+        raise SystemExit(f'--output must end in .csv or .json, got {args.output}')
     return args
 
 

@@ -2,12 +2,15 @@
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute
 import torch
+from _images import BadImage, decode
 from _recipe import VALIDATION_SPLITS, Recipe
+from datasets.utils.file_utils import xopen
 from PIL import Image
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
@@ -114,12 +117,18 @@ class LabelledImages(torch.utils.data.Dataset):
         return self.rows[self.label_column][:]
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The image in colour and upright, before its transform, and its label."""
+        """The image in colour and upright, before its transform, and its label.
+
+        Raises:
+            BadImage: It can't be read; names its row, and its file where it has one.
+        """
         row = self.rows[index]
+        image = row[self.image_column] or {}
         try:
-            return datasets.Image().decode_example(row[self.image_column]).convert('RGB'), row[self.label_column]
+            return decode(read_bytes(image)), row[self.label_column]
         except Exception as error:  # Pillow's plugins raise what they like
-            raise ValueError(f'{self.name}: the image in row {index} cannot be decoded ({error})') from error
+            file = f' ({image["path"]})' if image.get('path') else ''
+            raise BadImage(f'{self.name}: the image in row {index}{file} cannot be decoded: {error}') from error
 
     def check_decodable(self) -> None:
         """Decode every image of a dataset of up to 1 GiB once, so that a broken one is found before training."""
@@ -127,13 +136,23 @@ class LabelledImages(torch.utils.data.Dataset):
             for index in tqdm(range(len(self)), f'checking {self.name}', leave=False, mininterval=1):
                 try:
                     self.read(index)
-                except ValueError as error:
+                except BadImage as error:
                     raise SystemExit(str(error)) from error
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         image, label = self.read(index)
         with _seeded(self.seed, int(self.epoch), index):
             return self.transform(image), label
+
+
+def read_bytes(image: dict[str, Any]) -> bytes:
+    """The file of an image: its `bytes`, or what is at its `path`, as `datasets.Image(decode=False)` has them."""
+    if image.get('bytes') is not None:
+        return image['bytes']
+    if image.get('path') is None:
+        raise ValueError('there is none')
+    with xopen(image['path'], 'rb') as file:  # also within an archive, or on the Hub
+        return file.read()
 
 
 def _is_image(feature) -> bool:

@@ -1,8 +1,11 @@
-"""Classify images:  python recipes/predict.py <checkpoint> <images ...> [--top K]
+"""Classify images:  python recipes/predict.py <checkpoint> <images ...> [--top K] [--output FILE.csv|.json]
 
 Prints the most probable classes of each image with their names. The checkpoint is a folder (of a training run, or any
 that timm's `local-dir:` loads), a Hub repository (`hf-hub:owner/name`) or a model with a tag that is registered in timm
 (`resnet18_fmd.<tag>`). An image is a file that Pillow reads, or a folder of such files.
+
+--output also writes them: as CSV a row for each image and class, as JSON a list of images with their classes. An image
+that can't be read is left out with a warning, and the exit code is then 1.
 """
 import sys
 
@@ -11,45 +14,67 @@ from _arguments import parse_predict
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_predict(sys.argv[1:], __doc__)
 
+import csv
+import io
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from _classes import printable, shown_names
+from _images import BadImage, read_file, suffixes
+from _record import write_text
 from _start import find_source, load_network
-from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
-from torch import nn
+from timm.data import create_transform, resolve_model_data_config
 
 import fmd_timm  # noqa: F401, registers the models
 
 
-def main(checkpoint: str, images: list[Path], top: int) -> None:
+def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> None:
     paths = find_images(images)
+    if output:
+        check_writable(output)
     model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint').eval()
     if not model.num_classes:
         raise SystemExit(f'checkpoint {checkpoint!r} has no classifier')
-    names = class_names(model)
+    names = shown_names(model, f'checkpoint {checkpoint!r}')
     data_config = resolve_model_data_config(model)
     transform = create_transform(**data_config, is_training=False)
+    mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     model.to(device)
 
+    predictions = []
     for path in paths:
-        image = read_image(path, 'L' if data_config['input_size'][0] == 1 else 'RGB')
+        try:
+            image = read_file(path).convert(mode)
+        except BadImage as error:
+            print(f'warning: {printable(str(error))}', file=sys.stderr)
+            continue
         with torch.inference_mode():
             probabilities = model(transform(image).unsqueeze(0).to(device)).float().softmax(dim=1)[0]
-        print(path)
-        for probability, index in zip(*probabilities.topk(min(top, model.num_classes))):
-            print(f'{100 * probability.item():8.2f} %  {names[index]}')
+        best = [(names[i], p.item()) for p, i in zip(*probabilities.topk(min(top, model.num_classes)))]
+        predictions.append(dict(
+            image=str(path), classes=[dict(label=name, probability=probability) for name, probability in best]))
+        print(printable(str(path)))
+        for name, probability in best:
+            print(f'{100 * probability:8.2f} %  {printable(name)}')
+    if output:
+        write_predictions(output, predictions)
+    unread = len(paths) - len(predictions)
+    if unread:
+        raise SystemExit(f'{unread} of {len(paths)} images could not be read')
 
 
 def find_images(arguments: list[Path]) -> list[Path]:
-    """The files among the arguments and, sorted, the images in the folders among them."""
-    suffixes = Image.registered_extensions()
+    """The files among the arguments and, sorted, the images in the folders among them; no hidden ones."""
     paths = []
     for argument in arguments:
         found = [argument]
         if argument.is_dir():
-            found = sorted(path for path in argument.rglob('*') if path.suffix.lower() in suffixes and path.is_file())
+            found = sorted(
+                path for path in argument.rglob('*') if path.suffix.lower() in suffixes() and path.is_file()
+                and not any(part.startswith('.') for part in path.relative_to(argument).parts))
             if not found:
                 raise SystemExit(f'folder {argument} has no images')
         elif not argument.is_file():
@@ -58,28 +83,27 @@ def find_images(arguments: list[Path]) -> list[Path]:
     return paths
 
 
-def read_image(path: Path, mode: str) -> Image.Image:
-    """The image in the mode, turned upright."""
+def check_writable(output: Path) -> None:
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
-    except Exception as error:  # Pillow's plugins raise what they like
-        raise SystemExit(f'image {path} cannot be decoded: {error}') from error
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open('a').close()  # leaves what is there
+    except OSError as error:
+        raise SystemExit(f'--output {output} cannot be written: {error}') from error
 
 
-def class_names(model: nn.Module) -> list[str]:
-    """From the checkpoint, or ImageNet's where the checkpoint is of ImageNet and has no names; else the numbers."""
-    cfg, labels = model.pretrained_cfg, range(model.num_classes)
-    names, descriptions = cfg.get('label_names'), cfg.get('label_descriptions') or {}
-    if isinstance(names, dict):  # where some indices have no name; as JSON has it, with strings for indices
-        names = [names.get(str(i), f'class {i}') for i in labels]
-    if names:
-        return [descriptions.get(name, name) for name in names]
-    subset = infer_imagenet_subset(model)
-    if subset:
-        info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in labels]
-    return [f'class {i}' for i in labels]
+def write_predictions(output: Path, predictions: list[dict[str, Any]]) -> None:
+    """As JSON or CSV, by the ending."""
+    if output.suffix == '.json':
+        text = json.dumps(predictions, indent=2, ensure_ascii=False) + '\n'
+    else:
+        table = io.StringIO()
+        rows = csv.writer(table, lineterminator='\n')
+        rows.writerow(['image', 'rank', 'label', 'probability'])
+        for prediction in predictions:
+            for rank, found in enumerate(prediction['classes'], 1):
+                rows.writerow([prediction['image'], rank, found['label'], found['probability']])
+        text = table.getvalue()
+    write_text(output, text)
 
 
 if __name__ == '__main__':

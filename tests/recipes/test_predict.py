@@ -1,13 +1,16 @@
 """recipes/predict.py: the classes of images, with their names."""
+import csv
+import json
 from types import SimpleNamespace
 
+import _classes
 import predict
 import pytest
 import timm
 import tiny
 import torch
 from _data import load_digits
-from PIL import Image, ImageOps
+from PIL import Image
 
 from fmd_timm.hub import save_for_hub
 
@@ -63,38 +66,80 @@ def test_there_are_no_more_classes_than_the_network_has(checkpoint, pictures, ca
     assert sum(float(line.partition('%')[0]) for line in lines[1:]) == pytest.approx(100, abs=0.1)
 
 
-def test_photographs_are_turned_upright(tmp_path):
-    image = Image.linear_gradient('L').resize((6, 4)).convert('RGB')
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    image.save(tmp_path / 'photo.png', exif=exif)
-    turned = predict.read_image(tmp_path / 'photo.png', 'RGB')
-    assert turned.size == (4, 6) and turned.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
-    assert ImageOps.exif_transpose(turned).size == (4, 6)
-
-
 @pytest.mark.parametrize('cfg, num_classes, names', [
     (dict(label_names=('a', 'b')), 2, ['a', 'b']),
     (dict(label_names={'0': 'n1', '2': 'n2'}, label_descriptions={'n2': 'a cat'}), 3, ['n1', 'class 1', 'a cat']),
     ({}, 2, ['class 0', 'class 1']),
 ])
 def test_classes_have_the_best_names_there_are(cfg, num_classes, names):
-    assert predict.class_names(SimpleNamespace(pretrained_cfg=cfg, num_classes=num_classes)) == names
+    assert _classes.shown_names(SimpleNamespace(pretrained_cfg=cfg, num_classes=num_classes), 'checkpoint') == names
 
 
 def test_imagenet_checkpoints_of_timm_have_imagenets_names():
-    names = predict.class_names(timm.create_model('test_resnet', pretrained=False))
+    names = _classes.shown_names(timm.create_model('test_resnet', pretrained=False), 'checkpoint')
     assert len(names) == 1000 and names[0].startswith('tench')
 
 
+@pytest.mark.parametrize('cfg, message', [
+    (dict(label_names=['a', 'b']), 'label_names in its configuration must be 3 names, .*got 2 names'),
+    (dict(label_names=['a', 'b', 'c', 'd']), 'must be 3 names, .*got 4 names'),
+    (dict(label_names=[['a'], ['b'], ['c']]), r"got \[\['a'\], "),
+    (dict(label_names=7), 'got 7'),
+    (dict(label_names={'0': ['a']}), r"got \[\['a'\], 'class 1'"),
+    (dict(label_names=['a', 'b', 'c'], label_descriptions=['x']), r"label_descriptions .* got \['x'\]"),
+])
+def test_names_that_are_none_are_refused(cfg, message):
+    with pytest.raises(SystemExit, match=f"checkpoint 'x': .*{message}"):
+        _classes.shown_names(SimpleNamespace(pretrained_cfg=cfg, num_classes=3), "checkpoint 'x'")
+
+
+def test_a_terminal_does_not_obey_a_name(pictures, tmp_path, capsys):
+    names = ['\x1b[31mred\n', 'фото', 'a\u202eb', *NAMES[3:]]
+    save_for_hub(
+        timm.create_model(tiny.NAME), tmp_path, dict(label_names=names), data_config=dict(input_size=(3, 8, 8)))
+    lines = run(capsys, tmp_path, pictures / 'b.png', '--top', 10)
+    assert len(lines) == 11
+    shown = {line.partition('%  ')[2] for line in lines[1:]}
+    assert shown == {r'\x1b[31mred\n', 'фото', r'a\u202eb', *NAMES[3:]}
+
+
+def test_a_folder_has_images_that_pillow_reads_and_a_broken_one_is_left_out(checkpoint, pictures, tmp_path, capsys):
+    content = (pictures / 'b.png').read_bytes()
+    for name in 'good.png', '._good.png', '.hidden/good.png', 'film.mpg', 'book.pdf', 'data.h5':
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / 'broken.png').write_bytes(content[:40])
+    with pytest.raises(SystemExit, match='^1 of 2 images could not be read$'):
+        run(capsys, checkpoint, tmp_path, '--top', 2)
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [str(tmp_path / 'good.png'), *expected(checkpoint, pictures / 'b.png', 2)]
+    assert f'warning: image {tmp_path / "broken.png"} cannot be decoded: ' in err
+
+
+def test_predictions_are_written_as_well(checkpoint, pictures, tmp_path, capsys):
+    lines = run(capsys, checkpoint, pictures, '--top', 2, '--output', tmp_path / 'new' / 'p.json')
+    found = json.loads((tmp_path / 'new' / 'p.json').read_text())
+    printed = []
+    for image in found:
+        printed.append(image['image'])
+        printed += [f'{100 * c["probability"]:8.2f} %  {c["label"]}' for c in image['classes']]
+    assert printed == lines
+    run(capsys, checkpoint, pictures, '--top', 2, '--output', tmp_path / 'p.csv')
+    with (tmp_path / 'p.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [(r['image'], r['rank'], r['label'], float(r['probability'])) for r in rows] == [
+        (image['image'], str(rank), c['label'], c['probability'])
+        for image in found for rank, c in enumerate(image['classes'], 1)]
+
+
 def test_bad_arguments_are_named(checkpoint, pictures, tmp_path, capsys):
-    broken = tmp_path / 'broken.png'
-    broken.write_bytes((pictures / 'b.png').read_bytes()[:40])
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'file').touch()
     for arguments, message in [
         ((checkpoint, tmp_path / 'none.png'), r'image .*none.png was not found, expected a file or a folder'),
         ((checkpoint, tmp_path / 'empty'), 'folder .*empty has no images'),
-        ((checkpoint, broken), 'image .*broken.png cannot be decoded: '),
+        ((checkpoint, pictures, '--output', 'p.txt'), r'--output must end in .csv or .json, got p.txt'),
+        ((checkpoint, pictures, '--output', tmp_path / 'file' / 'p.csv'), '--output .*p.csv cannot be written'),
         ((checkpoint, pictures, '--top', 0), '--top must be at least 1, got 0'),
         ((tmp_path / 'empty', pictures), "checkpoint '.*empty' has no config.json and no model.safetensors"),
         (('resnet18_fdm', pictures), "checkpoint must be a folder, hf-hub:owner/name or .*got 'resnet18_fdm'"),
