@@ -140,6 +140,7 @@ def parse_publish(argv: list[str], description: str | None = None) -> argparse.N
     parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='model repository, made if there is none')
     parser.add_argument('--tag', help='record it in hub_cards/ as <architecture>.<tag>')
     parser.add_argument('--private', action='store_true', help='make the repository private')
+    parser.add_argument('--replace', action='store_true', help='take the place of whatever the repository holds')
     parser.add_argument('--dry-run', action='store_true', help='check, then print what would be pushed')
     return parser.parse_args(argv)
 

@@ -17,13 +17,15 @@ from _recipe import INFLATED, Recipe, refuse
 from _record import sha256
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import parse_model_name
 from torch import nn
 
 from fmd_timm import DynamicConv2d
+from fmd_timm.hub_errors import explain
 from fmd_timm.inflate import inflate_state_dict
 from fmd_timm.models._pretrained import WEIGHTS_NAME
 
@@ -89,7 +91,7 @@ class Source:
     name: str  # what timm.create_model loads
     repo: str | None  # on the Hub
     revision: str  # 'commit <40 hex digits>' of the repository, 'sha256 <64>' of a folder's weights
-    cfg_overlay: dict[str, Any]  # pins the weights of a registered model to the commit
+    cfg_overlay: dict[str, Any]  # pins the weights to the commit, and to safetensors
 
 
 def find_source(asked: str, what: str) -> Source:
@@ -114,7 +116,8 @@ def find_source(asked: str, what: str) -> Source:
         return _find_folder(asked, Path(rest), what)
     if scheme == 'hf-hub':
         repo, commit = _fetch(asked, rest, ('config.json', WEIGHTS_NAME), what)
-        return Source(asked, f'hf-hub:{repo}@{commit}', repo, f'commit {commit}', {})
+        overlay = dict(hf_hub_filename=WEIGHTS_NAME, custom_load=False)  # whatever its configuration names
+        return Source(asked, f'hf-hub:{repo}@{commit}', repo, f'commit {commit}', overlay)
     if cfg is None or not cfg.hf_hub_id:
         reason = 'is not registered in timm' if cfg is None else 'has no weights on the Hub'
         raise SystemExit(f'{what} must be {FORMS}, got {asked!r}, which {reason}')
@@ -135,14 +138,28 @@ def _fetch(asked: str, repo: str, files: tuple[str, ...], what: str) -> tuple[st
     repo, _, revision = repo.partition('@')
     for name in files:
         try:
-            path = hf_hub_download(repo, name, revision=revision or None)
+            path = _download(repo, name, revision or None)
         except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
             raise SystemExit(
                 f'{what} {asked!r}: {name} of the Hub repository {repo} could not be fetched, expected {FORMS}: '
-                f'{type(error).__name__}: {error}'
+                f'{explain(error)}'
             ) from error
         revision = Path(path).parents[len(Path(name).parts) - 1].name  # the cache is snapshots/<commit>/<name>
     return repo, revision
+
+
+def _download(repo: str, name: str, revision: str | None) -> str:
+    """`hf_hub_download`, which without a network would try for half a minute: the cache, or the error, at once."""
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+    except HfHubHTTPError:
+        pass  # the Hub is there: whether to try again is known to its client
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        try:
+            return hf_hub_download(repo, name, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise error from None
+    return hf_hub_download(repo, name, revision=revision)
 
 
 def load_network(source: Source, what: str, **model_args) -> nn.Module:

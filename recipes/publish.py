@@ -3,8 +3,11 @@
     python recipes/publish.py --run runs/digits --repo acme/resnet18_fmd_cifar.digits --tag digits
 
 The folder holds `model.safetensors`, `config.json` and `result.json`, as training leaves them. All is checked before
-anything is uploaded; then one commit brings these files and the card made from `result.json`, and what the Hub holds at
-that commit is compared with what was sent.
+anything is uploaded: that the record is of these weights and does not contradict itself, too. Then one commit brings
+these files and the card made from `result.json`, and what the Hub holds at that commit is compared with what was sent.
+
+A repository that holds something else than an earlier run of this network on this dataset is left alone, unless
+--replace says to put this run in the place of all its files. Its history stays.
 
 With --tag the run is also recorded in hub_cards/, so that `timm.create_model('<architecture>.<tag>', pretrained=True)`
 loads this very commit. Publishing a tag again replaces its record.
@@ -17,26 +20,25 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_publish(sys.argv[1:], __doc__)
 
 import re
-import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
+from _hub import CARD, CONFIG, RECORD, RUN_FILES, check_access, find_repository, push
 from _record import read_json, sha256, write_json, write_text
+from _record_checks import check_record
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import filter_pretrained_cfg
 
 import fmd_timm
+from fmd_timm.hub_errors import explain
 from fmd_timm.model_card import make_card
 from fmd_timm.models._pretrained import WEIGHTS_NAME
 
-CONFIG, RECORD, CARD = 'config.json', 'result.json', 'README.md'
-RUN_FILES = WEIGHTS_NAME, CONFIG, RECORD
 HUB_CARDS = Path(__file__).parents[1] / 'hub_cards'  # of this checkout, wherever fmd_timm is installed
 
 
@@ -61,6 +63,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_weights(run: Path, record: dict[str, Any]) -> None:
+    """Refuse weights that the record is not of: those of another run, or changed since."""
+    expected, found = record['weights_sha256'], sha256(run / WEIGHTS_NAME)
+    if found != expected:
+        raise SystemExit(
+            f'{run / RECORD} is of other weights: theirs have sha256 {expected}, {WEIGHTS_NAME} has {found}')
+
+
 def load_network(run: Path, config: dict[str, Any], record: dict[str, Any]) -> nn.Module:
     """The network as everybody will load it, if the three files of the run are of one network."""
     architecture = config.get('architecture', '')
@@ -72,6 +82,9 @@ def load_network(run: Path, config: dict[str, Any], record: dict[str, Any]) -> n
         network = timm.create_model(f'local-dir:{run}', pretrained=True).eval()
     except Exception as error:  # safetensors, torch and timm each have their own
         raise SystemExit(f'timm cannot load {run}: {type(error).__name__}: {error}') from error
+    broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise SystemExit(f'{run / WEIGHTS_NAME} has numbers that are NaN or infinite, in {", ".join(broken[:3])}')
     parameters = sum(p.numel() for p in network.parameters())
     for name, value in ('model', architecture), ('num_classes', network.num_classes), ('parameters', parameters):
         if record[name] != value:
@@ -99,50 +112,13 @@ def check_tag(tag: str, record: dict[str, Any], config: dict[str, Any], network:
             )
 
 
-def check_access(api: HfApi, repo: str, private: bool) -> None:
-    user = api.whoami()
-    # what a fine-grained token may do shows only when it is used
-    if user.get('auth', {}).get('accessToken', {}).get('role') == 'read':
-        raise SystemExit(f'the token of {user["name"]} may only read, publishing takes one that may write')
-    owners = [user['name'], *(org['name'] for org in user.get('orgs', []) if org.get('roleInOrg') != 'read')]
-    if repo.partition('/')[0] not in owners:
-        raise SystemExit(f'{user["name"]} may not write to {repo}, only to repositories of {", ".join(owners)}')
-    try:
-        there = api.model_info(repo)
-    except RepositoryNotFoundError:
-        return
-    if private and not there.private:
-        raise SystemExit(f'--private: {repo} is there already and public')
-    others = sorted({file.rfilename for file in there.siblings} - {*RUN_FILES, CARD, '.gitattributes'})
-    if others:
-        raise SystemExit(f'{repo} also holds {", ".join(others)}: delete them there, or publish to another repository')
-
-
-def push(api: HfApi, repo: str, private: bool, run: Path, card: ModelCard) -> dict[str, str]:
-    """Upload, read back, compare. Returns the `hub` entry of a record in hub_cards/."""
-    with TemporaryDirectory() as folder:
-        staged = Path(folder, 'staged')
-        staged.mkdir()
-        for name in RUN_FILES:
-            shutil.copyfile(run / name, staged / name)
-        card.save(staged / CARD)
-
-        api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo, folder_path=staged, commit_message='Publish with fmd_timm').oid
-        for path in staged.iterdir():
-            back = api.hf_hub_download(repo, path.name, revision=commit, cache_dir=Path(folder, 'back'))
-            if sha256(back) != sha256(path):
-                raise SystemExit(f'{path.name} of {repo} at {commit} is not what was uploaded, publish again')
-        return {'repo': repo, 'commit': commit, 'sha256': sha256(staged / WEIGHTS_NAME)}
-
-
 def write_record(name: str, record: dict[str, Any], card: ModelCard) -> None:
     write_text(HUB_CARDS / f'{name}.md', str(card))
     write_json(HUB_CARDS / f'{name}.json', record)  # last: it makes the tag
     print(f'wrote {HUB_CARDS / name}.md and .json')
 
 
-def main(run: Path, repo: str, tag: str | None, private: bool, dry_run: bool) -> None:
+def main(run: Path, repo: str, tag: str | None, private: bool, replace: bool, dry_run: bool) -> None:
     check_names(repo, tag)
     missing = [name for name in RUN_FILES if not (run / name).is_file()]
     if missing:
@@ -150,8 +126,10 @@ def main(run: Path, repo: str, tag: str | None, private: bool, dry_run: bool) ->
     config, record = read_object(run / CONFIG), read_object(run / RECORD)
     try:
         card = make_card(record, repo)
+        check_record(record)
     except ValueError as error:
         raise SystemExit(f'{run / RECORD}: {error}') from error
+    check_weights(run, record)
     network = load_network(run, config, record)
     if tag:
         check_tag(tag, record, config, network)
@@ -165,11 +143,12 @@ def main(run: Path, repo: str, tag: str | None, private: bool, dry_run: bool) ->
 
     api = HfApi(library_name='fmd_timm', library_version=fmd_timm.__version__)
     try:
-        check_access(api, repo, private)
+        check_access(api, repo)
+        there = find_repository(api, repo, private, replace, record)
         card.validate()
-        hub = push(api, repo, private, run, card)
     except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
-        raise SystemExit(f'publishing to {repo} failed: {type(error).__name__}: {error}') from error
+        raise SystemExit(f'nothing was sent to {repo}: {explain(error)}') from error
+    hub = push(api, repo, private, replace, there, run, card)
     print(f'published {api.endpoint}/{repo}/tree/{hub["commit"]}')
     if tag:
         pretrained_cfg = filter_pretrained_cfg(network.pretrained_cfg, remove_source=True)

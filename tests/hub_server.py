@@ -122,14 +122,26 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         try:
             self.role = self.authenticate()
+            self.fail_if_told_to(f'{self.command} {url.path}')
             for pattern, method in ROUTES.items():
                 if match := re.fullmatch(pattern, f'{self.command} {url.path}'):
                     return method(self, *(unquote(group) for group in match.groups()))
             raise Refusal(404, f'this test server does not know {self.command} {url.path}')
+        except ConnectionResetError:
+            pass
         except Refusal as refusal:
             self.send(refusal.status, json.dumps(refusal.content).encode(), refusal.headers)
 
-    do_HEAD = do_GET = do_POST = do_PUT = answer
+    do_HEAD = do_GET = do_POST = do_PUT = do_DELETE = answer
+
+    def fail_if_told_to(self, request: str):
+        for fault in self.hub.faults:
+            if fault['times'] and re.fullmatch(fault['pattern'], request):
+                fault['times'] -= 1
+                if fault['status'] is None:
+                    self.reset()
+                    raise ConnectionResetError
+                raise Refusal(fault['status'], fault['message'])
 
     def send_json(self, content: dict | list):
         self.send(200, json.dumps(content).encode(), {'Content-Type': 'application/json'})
@@ -142,10 +154,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(body[:reset_after])
         if reset_after is not None:
-            # lingering for 0 seconds makes close send a reset; socketserver would first end the stream in good order
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-            os.close(self.connection.detach())
-            self.close_connection = True
+            self.reset()
+
+    def reset(self):
+        # lingering for 0 seconds makes close send a reset; socketserver would first end the stream in good order
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        os.close(self.connection.detach())
+        self.close_connection = True
 
     def log_message(self, *args):
         """Nothing on stderr: `hub.log` has the requests."""
@@ -201,6 +216,14 @@ class Handler(BaseHTTPRequestHandler):
             # huggingface_hub 1 sends `private`, 2 sends `visibility`
             self.hub.repos[key] = Repo(request.get('private') or request.get('visibility') == 'private')
         self.send_json({'url': url})
+
+    @route('DELETE /api/repos/delete')
+    def delete_repo(self):
+        request = json.loads(self.body)
+        key = f'{request.get("organization") or USER}/{request["name"]}'
+        self.find_repo(key, to_write=True)
+        del self.hub.repos[key]
+        self.send_json({})
 
     @route('POST /api/validate-yaml')
     def validate_yaml(self):
@@ -356,11 +379,16 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}  # 'acme/model', 'datasets/acme/dataset'
         self.blobs: dict[str, bytes] = {}  # sha256 -> content, of what came by LFS
         self.drops: dict[str, int] = {}  # path suffix -> bytes to send before the reset
+        self.faults: list[dict] = []  # see fail
         self.log: list[tuple[str, str]] = []  # (method, path) of every request
 
     def gate(self, key: str):
         """Nobody may download from this repository any more; its metadata stays visible."""
         self.repos[key].gated = True
+
+    def fail(self, pattern: str, status: int | None, message: str = '', times: int = 100):
+        """Refuse so many requests 'METHOD path' that match the pattern with the status; None resets the connection."""
+        self.faults.append(dict(pattern=pattern, status=status, message=message, times=times))
 
     def drop_next_download(self, path_suffix: str, after_bytes: int):
         """The next GET of such a file ends with a connection reset after so many bytes."""

@@ -1,4 +1,5 @@
 """What several tests use: inputs of the operator and its reference, and what training leaves."""
+import hashlib
 import json
 
 import timm
@@ -50,19 +51,23 @@ def one_by_one(x, weight, kernel_attn, in_attn, out_attn, bias, tap_attn=None, *
 
 def make_record(**changes):
     """What training leaves, with made-up numbers."""
+    hardware = {
+        'device': 'NVIDIA H200', 'device_count': 2, 'device_type': 'cuda', 'precision': 'bf16', 'cudnn_benchmark': True}
+    versions = {'torch': '2.15.0', 'timm': '1.0.31'}
+    seconds, accuracy = [9.1, 1.2, 1.3], 350 / 360
     return {
         'model': 'resnet18_fmd_cifar', 'model_args': {}, 'init': None, 'method': 'FMDConv', 'temperature': 30.0,
-        'preset': 'digits', 'recipe': {'epochs': 3},
+        'preset': 'digits', 'recipe': {'epochs': 3, 'dataset': 'digits', 'batch_size': 128, 'seed': 7},
         'command': 'python recipes/train.py --preset digits --seed 7', 'dataset': 'digits',
         'train_split': 'train', 'train_images': 1437, 'validation_split': 'test', 'validation_images': 360,
         'num_classes': 10, 'label_names': [f'digit {i}' for i in range(10)],
-        'top1': 97.2222, 'top5': 99.7222, 'loss': 0.12345,
-        'epochs': 3, 'epoch_seconds': [9.1, 1.2, 1.3], 'median_epoch_seconds': 1.25,
-        'ies': 1.28571, 'rcs': 0.777778, 'ies_infer': 0.0123456, 'rcs_infer': 78901.2,
-        'train_images_per_second': 1149.6, 'infer_images_per_second': 81155.7, 'infer_ms_per_image': 0.012322,
-        'infer_batch': 256, 'peak_memory_mib': 1234.7, 'parameters': 44712345, 'gmacs': 0.567891,
-        'device': 'NVIDIA H200', 'device_count': 2, 'device_type': 'cuda', 'precision': 'bf16',
-        'input_size': [3, 32, 32], 'global_batch': 128, 'seed': 7, 'versions': {'torch': '2.15.0', 'timm': '1.0.31'},
+        'top1': 100 * accuracy, 'top5': 100 * 359 / 360, 'loss': 0.12345, 'best_top1': 100 * accuracy, 'best_epoch': 3,
+        'epochs': 3, 'epoch_seconds': seconds, 'steps_per_epoch': 11, 'median_epoch_seconds': 1.25,
+        'legs': [{**hardware, 'versions': versions, 'git_commit': '0123456789abcdef', 'epoch_seconds': seconds}],
+        'ies': 1.25 / accuracy, 'rcs': accuracy / 1.25, 'ies_infer': 0.012 / accuracy, 'rcs_infer': 81155.7 * accuracy,
+        'train_images_per_second': 11 * 128 / 1.25, 'infer_images_per_second': 81155.7, 'infer_ms_per_image': 0.012,
+        'infer_batch': 256, 'peak_memory_mib': 1234.7, 'parameters': 44712345, 'gmacs': 0.567891, **hardware,
+        'input_size': [3, 32, 32], 'global_batch': 128, 'seed': 7, 'versions': versions, 'weights_sha256': '0' * 64,
         'git_commit': '0123456789abcdef', 'finished': '2026-11-20T12:00:00', **changes,
     }
 
@@ -71,8 +76,10 @@ def make_run(folder, **kwargs):
     """A folder as training leaves it, of a network that nobody trained, and what that network says of some images."""
     model = timm.create_model('resnet18_fmd_cifar', **kwargs).eval()
     set_temperature(model, kernel=3.0, gate=2.0)
-    record = make_record(model_args=kwargs, parameters=sum(p.numel() for p in model.parameters()))
-    save_for_hub(model, folder, model_config=dict(label_names=record['label_names']))
+    save_for_hub(model, folder, model_config=dict(label_names=make_record()['label_names']))
+    record = make_record(
+        model_args=kwargs, parameters=sum(p.numel() for p in model.parameters()),
+        weights_sha256=hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest())
     (folder / 'result.json').write_text(json.dumps(record))
     save_logits(model, folder)
 

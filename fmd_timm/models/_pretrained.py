@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # the first is that of its transport
+from huggingface_hub.errors import HTTPError  # that of its transport
 from safetensors import SafetensorError
 from timm.models import (
     PretrainedCfg,
@@ -25,6 +25,7 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 
+from ..hub_errors import explain
 from ..inflate import checkpoint_filter_fn
 
 __all__ = ['HUB_CARDS', 'MODULES', 'WEIGHTS_NAME', 'build_model', 'inflated_cfgs', 'with_published_tags']
@@ -129,10 +130,7 @@ def build_model(
         if cfg is None:
             raise
         source = f'the Hub repository {cfg.hf_hub_id}' if _is_on_hub(cfg) else cfg.file or cfg.url
-        # of this one the client says only that nothing is in its cache
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        reason = f'{type(cause).__name__}: {cause}'.removesuffix(': ')
-        raise RuntimeError(f'the weights of {variant} could not be loaded from {source}: {reason}') from error
+        raise RuntimeError(f'the weights of {variant} could not be loaded from {source}: {explain(error)}') from error
 
 
 def _is_on_hub(cfg: PretrainedCfg) -> bool:

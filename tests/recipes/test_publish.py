@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from functools import partial
@@ -14,7 +15,6 @@ import timm
 import torch
 from _data import load_digits
 from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, Repo, empty_caches
-from huggingface_hub import HfApi
 from inputs import make_run, save_logits
 from safetensors.torch import load_file, save_file
 
@@ -53,6 +53,10 @@ def train_run(checkout, folder):
 
 def run_in(checkout, *args, token=WRITE_TOKEN):
     return processes.run(*args, cwd=checkout, env=dict(os.environ, HF_TOKEN=token, PYTHONPATH=str(checkout)))
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def edit(path, **changes):
@@ -135,7 +139,7 @@ def test_the_record_of_a_tag_is_that_of_the_run_and_where_its_weights_are(checko
     hub, cfg = record.pop('hub'), record.pop('pretrained_cfg')
     assert record == json.loads((checkout / 'run/result.json').read_text())
     assert hub['repo'] == REPO
-    assert hub['sha256'] == hashlib.sha256((checkout / 'run/model.safetensors').read_bytes()).hexdigest()
+    assert hub['sha256'] == sha256(checkout / 'run/model.safetensors')
     assert timm.models.PretrainedCfg(**cfg).label_names == record['label_names']
     assert cfg['num_classes'] == 10
     assert not {'file', 'source', 'url', 'hf_hub_id'} & cfg.keys()
@@ -143,7 +147,7 @@ def test_the_record_of_a_tag_is_that_of_the_run_and_where_its_weights_are(checko
 
 def test_a_tag_can_be_published_again(hub, checkout, python, published):
     before = record_in(checkout)
-    edit(checkout / 'run/result.json', seed=before['seed'] + 1)
+    edit(checkout / 'run/result.json', seed=before['seed'] + 1, recipe=dict(before['recipe'], seed=before['seed'] + 1))
     done = python(*published)
     assert done.returncode == 0, done.stderr
     after = record_in(checkout)
@@ -178,7 +182,7 @@ with torch.no_grad():
 
 
 REFUSED = {
-    ('hf_wrong', 'acme/refused'): 'Invalid user token',
+    ('hf_wrong', 'acme/refused'): 'nothing was sent to acme/refused: the Hub does not accept the token',
     (READ_TOKEN, 'acme/refused'): 'the token of ann may only read',
     (WRITE_TOKEN, 'other/refused'): 'ann may not write to other/refused, only to repositories of ann, acme',
 }
@@ -203,18 +207,113 @@ for token, repo in {list(REFUSED)}:
     assert not {'acme/refused', 'other/refused'} & hub.repos.keys()
 
 
-def test_a_repository_that_is_not_ours_is_left_alone(hub):
-    api = HfApi(endpoint=hub.endpoint, token=WRITE_TOKEN)
-    publish.check_access(api, 'acme/new', private=True)
+def put(hub, name, **files):
+    """A repository with files of somebody."""
+    repo = hub.repos[name] = Repo()
+    content = {path.replace('_json', '.json'): text.encode() for path, text in files.items()}
+    repo.commits.append(Commit(repo.commits[-1] | content, 'theirs'))
+    return repo
 
-    hub.repos['acme/public'] = Repo()
-    publish.check_access(api, 'acme/public', private=False)
-    with pytest.raises(SystemExit, match='--private: acme/public is there already and public'):
-        publish.check_access(api, 'acme/public', private=True)
 
-    hub.repos['acme/public'].commits.append(Commit({'config.json': b'{}', 'pytorch_model.bin': b'.'}, 'theirs'))
-    with pytest.raises(SystemExit, match='acme/public also holds pytorch_model.bin'):
-        publish.check_access(api, 'acme/public', private=False)
+@pytest.fixture
+def publish_here(hub, monkeypatch):
+    """recipes/publish.py in this process, as somebody who may write."""
+    monkeypatch.setenv('HF_TOKEN', WRITE_TOKEN)
+    monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', lambda seconds: None)  # before it tries again
+
+    def run(*args):
+        publish.main(**vars(publish.parse_publish([str(arg) for arg in args])))
+    yield run
+    hub.faults.clear()
+
+
+@pytest.mark.parametrize('files, holds', [
+    (dict(config_json='{}', weights='.'), 'holds weights'),
+    (dict(config_json='{}'), 'has no result.json of a run'),
+    (dict(result_json='[]'), 'has no result.json of a run'),
+    (dict(result_json='{"model": "resnet18_fmd_cifar", "dataset": "flowers"}'),
+     'holds a run of resnet18_fmd_cifar on flowers, this one is of resnet18_fmd_cifar on digits'),
+])
+def test_what_publishing_did_not_write_is_replaced_only_when_told(hub, publish_here, small_run, files, holds):
+    repo = put(hub, 'acme/theirs', **files)
+    before = repo.commits[-1]
+    with pytest.raises(SystemExit, match=f'^acme/theirs {re.escape(holds)}: publish to another .* --replace'):
+        publish_here('--run', small_run, '--repo', 'acme/theirs')
+    assert repo.commits[-1] is before
+    publish_here('--run', small_run, '--repo', 'acme/theirs', '--replace')
+    assert repo.commits[-1].keys() == FILES | {'.gitattributes'} and repo.commits[-2] is before
+
+
+def test_an_empty_repository_and_an_earlier_run_are_published_to(hub, publish_here, small_run):
+    repo = put(hub, 'acme/mine')
+    for _ in range(2):
+        publish_here('--run', small_run, '--repo', 'acme/mine')
+    assert len(repo.commits) == 3  # the second time there was nothing to change
+    with pytest.raises(SystemExit, match='--private: acme/mine is there already and public'):
+        publish_here('--run', small_run, '--repo', 'acme/mine', '--private')
+
+
+COMMIT = 'POST .*/commit/main'
+
+
+@pytest.mark.parametrize('request_, status, message', [
+    ('GET .*/whoami-v2', 429, 'nothing was sent to acme/new: the Hub has had too many requests .* .HTTP 429'),
+    ('GET .*/acme/new', 503, 'nothing was sent to acme/new: the Hub has a fault of its own.*HTTP 503: No .lucky. day'),
+    ('POST .*/create', 403, 'failed: the Hub does not allow it.*HTTP 403: No .lucky. day.*There is no such repository'),
+    (COMMIT, 409, 'failed: something of that name .*HTTP 409.*The repository that was made for it is removed again'),
+    (COMMIT, 500, 'failed: the Hub has a fault of its own.*HTTP 500.*made for it is removed again'),
+    (COMMIT, None, 'failed: the connection to the Hub failed: .*made for it is removed again'),
+    ('PUT .*', 502, 'failed: the Hub has a fault of its own.*HTTP 502.*made for it is removed again'),
+])
+def test_an_upload_that_fails_says_why_and_leaves_no_empty_repository(
+        hub, publish_here, small_run, request_, status, message):
+    hub.fail(request_, status, 'No "lucky" day')
+    hub.blobs.clear()
+    with pytest.raises(SystemExit, match=message):
+        publish_here('--run', small_run, '--repo', 'acme/new')
+    assert 'acme/new' not in hub.repos
+
+
+def test_a_repository_that_cannot_be_removed_again_is_named(hub, publish_here, small_run):
+    hub.fail(COMMIT, 500)
+    hub.fail('DELETE .*', 403)
+    message = rf'An empty repository may be left \(.*HTTP 403\)\): look at {hub.endpoint}/acme/left'
+    with pytest.raises(SystemExit, match=message):
+        publish_here('--run', small_run, '--repo', 'acme/left')
+
+
+def test_a_failed_upload_leaves_what_was_there(hub, publish_here, small_run):
+    repo = put(hub, 'acme/old')
+    hub.fail(COMMIT, 500)
+    with pytest.raises(SystemExit, match='The repository is as it was'):
+        publish_here('--run', small_run, '--repo', 'acme/old')
+    assert hub.repos['acme/old'] is repo
+
+
+def test_a_commit_that_somebody_makes_meanwhile_is_not_built_upon(hub, publish_here, small_run, monkeypatch):
+    repo = put(hub, 'acme/busy')
+    find_repository = publish.find_repository
+
+    def and_then_they_commit(*args):
+        found = find_repository(*args)
+        repo.commits.append(Commit(repo.commits[-1] | {'weights.bin': b'.'}, 'theirs'))
+        return found
+
+    monkeypatch.setattr(publish, 'find_repository', and_then_they_commit)
+    with pytest.raises(SystemExit, match=f'somebody else has changed .* It is at commit {"[0-9a-f]" * 40} now'):
+        publish_here('--run', small_run, '--repo', 'acme/busy')
+    assert 'weights.bin' in repo.commits[-1]
+
+
+def test_a_failed_reading_back_is_no_failed_upload(hub, publish_here, small_run):
+    hub.fail('HEAD .*/resolve/.*', 503)
+    with pytest.raises(SystemExit, match='acme/unread has the files as commit .* could not be read back') as refusal:
+        publish_here('--run', small_run, '--repo', 'acme/unread')
+    commit = hub.repos['acme/unread'].commits[-1]
+    assert commit.id in str(refusal.value) and commit.keys() == FILES | {'.gitattributes'}
+    hub.faults.clear()
+    publish_here('--run', small_run, '--repo', 'acme/unread')
+    assert hub.repos['acme/unread'].commits[-1] is commit
 
 
 def test_a_dry_run_shows_the_card_and_writes_nothing(publish_offline, checkout, capsys):
@@ -246,10 +345,13 @@ def test_arguments_are_refused(publish_offline, small_run, args, message):
     ('result.json', None, 'has no result.json$'),
     ('config.json', '{"architecture": ', 'config.json is not readable: Expecting value'),
     ('result.json', '[]', 'result.json must hold a JSON object, got list'),
-    ('model.safetensors', 'a pickle, perhaps', 'timm cannot load .*: SafetensorError: '),
+    ('model.safetensors', 'a pickle, perhaps', 'of other weights: theirs have sha256 [0-9a-f]{64}, model.* has cdff'),
     ('result.json', dict(top1=None), 'has no top1$'),
+    ('result.json', '{"top1": NaN}', 'result.json is not readable: NaN is not JSON'),
+    ('result.json', dict(weights_sha256=None), 'has no weights_sha256: it is of an older fmd_timm, train again'),
     ('result.json', dict(parameters=1), 'of another network: parameters is 1, expected'),
-    ('result.json', dict(num_classes=9), 'of another network: num_classes is 9, expected 10'),
+    ('result.json', dict(num_classes=9), 'num_classes is 9, and label_names are 10'),
+    ('result.json', dict(num_classes=9, label_names=['a'] * 9), 'network: num_classes is 9, expected 10'),
     ('result.json', dict(model='resnet50_fmd'), "of another network: model is 'resnet50_fmd', expected 'resnet18_fmd"),
     ('config.json', dict(label_names=['zero'] * 10), 'have different label_names'),
     ('config.json', dict(architecture='resnet18'), "'resnet18' is no architecture of fmd_timm"),
@@ -280,8 +382,30 @@ def test_a_tag_has_to_be_the_architecture_with_its_defaults(publish_offline, che
     weights['classifier.weight'] *= 1000  # after one epoch all logits are near 0
     save_file(weights, tmp_path / 'model.safetensors')
     edit(tmp_path / 'config.json', model_args=model_args)
+    edit(tmp_path / 'result.json', weights_sha256=sha256(tmp_path / 'model.safetensors'))
     with pytest.raises(SystemExit, match=message):
         publish_offline('--run', tmp_path, '--repo', REPO, '--tag', 'max')
+
+
+@pytest.mark.parametrize('number', [float('nan'), float('inf')])
+def test_weights_that_are_no_numbers_are_refused(publish_offline, small_run, tmp_path, number):
+    run = shutil.copytree(small_run, tmp_path / 'run')
+    weights = load_file(run / 'model.safetensors')
+    weights['fc.weight'][3, 5] = number
+    save_file(weights, run / 'model.safetensors', metadata={'format': 'pt'})
+    edit(run / 'result.json', weights_sha256=sha256(run / 'model.safetensors'))
+    with pytest.raises(SystemExit, match='model.safetensors has numbers that are NaN or infinite, in fc.weight'):
+        publish_offline('--run', run, '--repo', REPO)
+
+
+def test_weights_of_another_run_are_refused_with_both_hashes(publish_offline, small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / 'run')
+    weights = load_file(run / 'model.safetensors')
+    weights['fc.weight'] += 1
+    save_file(weights, run / 'model.safetensors', metadata={'format': 'pt'})
+    hashes = sha256(small_run / 'model.safetensors'), sha256(run / 'model.safetensors')
+    with pytest.raises(SystemExit, match='theirs have sha256 {}, model.safetensors has {}'.format(*hashes)):
+        publish_offline('--run', run, '--repo', REPO)
 
 
 # Loading
