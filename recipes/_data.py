@@ -8,10 +8,11 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
-from _images import BadImage, decode
+from _images import BadImage, decode_pixels
 from _recipe import VALIDATION_SPLITS, Recipe
 from datasets.utils.file_utils import xopen
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
@@ -64,7 +65,7 @@ class LabelledImages(torch.utils.data.Dataset):
         rows: The images of the split.
         split: Its name.
         name: What to call it in errors.
-        transform: PIL image -> (3, H, W) uint8 array.
+        transform: (3, H, W) uint8 -> the same, of the size that all have.
         image_column: Column of images; None where the only one is meant.
         label_column: Column of class labels; None where the only one is meant.
         seed: Of the augmentation.
@@ -78,7 +79,7 @@ class LabelledImages(torch.utils.data.Dataset):
             rows: datasets.Dataset,
             split: str,
             name: str,
-            transform: Callable[[Image.Image], np.ndarray] | None = None,
+            transform: Callable[[Tensor], Tensor] | None = None,
             image_column: str | None = None,
             label_column: str | None = None,
             seed: int = 0,
@@ -116,31 +117,32 @@ class LabelledImages(torch.utils.data.Dataset):
     def labels(self) -> list[int]:
         return self.rows[self.label_column][:]
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """The image in colour and upright, before its transform, and its label.
+    def read(self, row: int) -> tuple[Tensor, int]:
+        """The image (3, H, W) uint8 in colour and upright, before its transform, and its label.
 
         Raises:
             BadImage: It can't be read; names its row, and its file where it has one.
         """
-        row = self.rows[index]
-        image = row[self.image_column] or {}
+        example = self.rows[row]
+        image = example[self.image_column] or {}
         try:
-            return decode(read_bytes(image)), row[self.label_column]
+            return decode_pixels(read_bytes(image)), example[self.label_column]
         except Exception as error:  # Pillow's plugins raise what they like
             file = f' ({image["path"]})' if image.get('path') else ''
-            raise BadImage(f'{self.name}: the image in row {index}{file} cannot be decoded: {error}') from error
+            raise BadImage(f'{self.name}: the image in row {row}{file} cannot be decoded: {error}') from error
 
     def check_decodable(self) -> None:
         """Decode every image of a dataset of up to 1 GiB once, so that a broken one is found before training."""
         if self.rows.data.nbytes <= CHECKED_BYTES:
-            for index in tqdm(range(len(self)), f'checking {self.name}', leave=False, mininterval=1):
+            for row in tqdm(range(len(self)), f'checking {self.name}', leave=False, mininterval=1):
                 try:
-                    self.read(index)
+                    self.read(row)
                 except BadImage as error:
                     raise SystemExit(str(error)) from error
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        image, label = self.read(index)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Row `index`; beyond their number once more, with another augmentation."""
+        image, label = self.read(index % len(self))
         with _seeded(self.seed, int(self.epoch), index):
             return self.transform(image), label
 

@@ -1,36 +1,61 @@
-"""From labelled images to batches: transforms of PIL images to uint8, loaders, normalisation on the device."""
-from collections.abc import Iterable
+"""From labelled images to batches: transforms of uint8 tensors, loaders, normalisation on the device.
+
+The transforms are timm's, with the same random numbers and the same pixels. They are of tensors because these are
+decoded and resized faster than Pillow's images.
+"""
+import random
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torchvision.transforms.v2.functional as F
 from _data import LabelledImages
 from _recipe import Recipe
 from accelerate import skip_first_batches
-from PIL import Image
-from timm.data import ToNumpy, create_transform
+from timm.data import RandomResizedCropAndInterpolation, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from torchvision.transforms import v2
 
 
-def train_transform(recipe: Recipe, size: int, data_config: dict):
+class RandomResizedCrop:
+    """timm's, of tensors: what timm calls resizes them in float32, which is slower and rounds otherwise."""
+
+    def __init__(self, timms: RandomResizedCropAndInterpolation):
+        self.timms = timms
+
+    def __call__(self, image: Tensor) -> Tensor:
+        crop = self.timms.get_params(image, self.timms.scale, self.timms.ratio)
+        interpolation = self.timms.interpolation
+        if isinstance(interpolation, tuple):
+            interpolation = random.choice(interpolation)
+        return F.resized_crop(image, *crop, self.timms.size, interpolation)
+
+
+def train_transform(recipe: Recipe, size: int, data_config: dict) -> Callable[[Tensor], Tensor]:
     """timm's training transform, or for small images the one of the CIFAR papers: pad by an eighth, crop, flip.
 
     Args:
         recipe: Of the run.
         size: Pixels of the square result.
         data_config: `mean` of the images, which RandAugment fills with, and `interpolation` of the resizing.
+
+    Returns:
+        A function of (3, H, W) uint8 tensors.
     """
-    kwargs = dict(
-        is_training=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip, auto_augment=recipe.aa,
-        color_jitter=recipe.color_jitter, interpolation=recipe.interpolation or data_config['interpolation'],
-        mean=data_config['mean'], use_prefetcher=True)
+    crop_and_flip, augment, _ = create_transform(
+        size, is_training=True, separate=True, scale=recipe.scale, ratio=recipe.ratio, hflip=recipe.hflip,
+        auto_augment=recipe.aa, color_jitter=recipe.color_jitter,
+        interpolation=recipe.interpolation or data_config['interpolation'], mean=data_config['mean'])
+    crop, *flip = crop_and_flip.transforms
     if recipe.crop == 'rrc':
-        return create_transform(size, **kwargs)
-    _, augment, _ = create_transform(size, separate=True, **kwargs)
-    steps = [transforms.Resize((size, size)), transforms.RandomCrop(size, padding=size // 8)]
-    if recipe.hflip:
-        steps.append(transforms.RandomHorizontalFlip(recipe.hflip))
-    return transforms.Compose([*steps, augment, ToNumpy()])
+        steps = [RandomResizedCrop(crop), *flip]
+    else:
+        steps = [v2.Resize((size, size)), transforms.RandomCrop(size, padding=size // 8), *flip]
+    if augment.transforms:  # they are for images of Pillow
+        steps += [transforms.ToPILImage(), augment, transforms.PILToTensor()]
+    return transforms.Compose(steps)
 
 
 class ProgressiveTransform:
@@ -46,13 +71,37 @@ class ProgressiveTransform:
         self.recipe, self.epoch = recipe, epoch
         self.transforms = {size: train_transform(recipe, size, data_config) for size in recipe.train_sizes()}
 
-    def __call__(self, image: Image.Image):
+    def __call__(self, image: Tensor) -> Tensor:
         return self.transforms[self.recipe.train_size(int(self.epoch))](image)
 
 
-def eval_transform(data_config: dict):
-    """timm's evaluation transform for a model's data configuration, up to the normalisation."""
-    return create_transform(**dict(data_config, is_training=False, use_prefetcher=True))
+def eval_transform(data_config: dict) -> Callable[[Tensor], Tensor]:
+    """timm's evaluation transform for a model's data configuration, up to the normalisation, of (3, H, W) uint8."""
+    timms = create_transform(**dict(data_config, is_training=False, use_prefetcher=True))
+    if data_config.get('crop_mode') == 'border':  # it pads with a colour, which works on images of Pillow alone
+        return transforms.Compose([transforms.ToPILImage(), timms])
+    return transforms.Compose([
+        v2.Resize(step.size, step.interpolation) if isinstance(step, transforms.Resize) else step
+        for step in timms.transforms
+    ])
+
+
+class RepeatedRows(RepeatAugSampler):
+    """timm's repeated augmentation over the batches of all processes.
+
+    Row i comes as i, i + len(dataset), i + 2 * len(dataset) and so on: each time it is augmented in another way.
+    """
+
+    def __init__(self, images: LabelledImages, num_repeats: int):
+        super().__init__(images, num_replicas=1, rank=0, num_repeats=num_repeats)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.dataset.seed + epoch)  # timm's order is of the epoch alone
+
+    def __iter__(self) -> Iterator[int]:
+        for i, row in enumerate(super().__iter__()):
+            yield row + i % self.num_repeats * len(self.dataset)
 
 
 def make_loaders(
@@ -62,8 +111,6 @@ def make_loaders(
         pin_memory: bool,
 ) -> tuple[DataLoader, DataLoader]:
     """Batches to train and to validate on, of the images that open_images found; sets their transforms."""
-    if recipe.aug_repeats > 1:
-        raise SystemExit(f'--aug-repeats must be 1 as yet, got {recipe.aug_repeats}')
     images['train'].transform = ProgressiveTransform(recipe, data_config, images['train'].epoch)
     images['validation'].transform = eval_transform(data_config)
     kwargs = dict(
@@ -71,7 +118,11 @@ def make_loaders(
         persistent_workers=recipe.num_workers > 0, pin_memory=pin_memory,
         generator=torch.Generator(),  # not the global one: an epoch may begin anywhere and must not disturb a step
     )
-    train_loader = DataLoader(images['train'], shuffle=True, drop_last=True, **kwargs)
+    if recipe.aug_repeats > 1:
+        order = dict(sampler=RepeatedRows(images['train'], recipe.aug_repeats))
+    else:
+        order = dict(shuffle=True)
+    train_loader = DataLoader(images['train'], drop_last=True, **order, **kwargs)
     return train_loader, DataLoader(images['validation'], **kwargs)
 
 
@@ -82,7 +133,9 @@ def batches_of(loader: DataLoader, epoch: int, first: int = 0) -> Iterable:
     those of an uninterrupted epoch, so they depend on seed, epoch and number alone, and no global generator is drawn
     from. A loader that isn't a DataLoader has `set_epoch`, and `skip_first_batches` of its own.
     """
-    loader.set_epoch(epoch)  # and with it the images'
+    loader.set_epoch(epoch)
+    if isinstance(loader, DataLoader):
+        loader.dataset.set_epoch(epoch)  # which accelerate does on one process alone
     if not first:
         return loader
     if hasattr(loader, 'skip_first_batches'):

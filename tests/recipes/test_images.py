@@ -5,6 +5,7 @@ import pickle
 import _images
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data._utils.worker import ExceptionWrapper
 
@@ -26,6 +27,12 @@ def pixels(data):
 
 def gray(values):
     return np.repeat(values[..., None], 3, -1)
+
+
+def orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
 
 
 @pytest.mark.parametrize('format', ['PNG', 'TIFF', 'PPM', 'JPEG2000'])
@@ -81,9 +88,39 @@ def test_what_is_transparent_is_white_whatever_colour_it_hides(mode):
 
 def test_images_are_turned_upright():
     image = Image.fromarray(RAMP[:4, :6])
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
+    exif = orientation(6)  # rotate by 90 degrees
     np.testing.assert_array_equal(pixels(encode(image, exif=exif)), gray(np.rot90(RAMP[:4, :6], -1)))
+
+
+@pytest.mark.parametrize('fast, mode, options', [
+    (True, 'RGB', {}), (True, 'RGB', dict(subsampling=0)), (True, 'RGB', dict(progressive=True)), (True, 'L', {}),
+    (True, 'RGB', dict(exif=orientation(1))), (False, 'RGB', dict(exif=orientation(6))), (False, 'CMYK', {}),
+    (False, 'RGB', dict(format='PNG')),
+])
+def test_torchcodecs_pixels_are_pillows(fast, mode, options, monkeypatch):
+    data = encode(Image.fromarray(COLOURS).resize((65, 45)).convert(mode), **dict(dict(format='JPEG'), **options))
+    by_pillow = _images.decode(data)
+    decode_jpeg, calls = _images.decode_jpeg, []
+    if decode_jpeg is None:
+        pytest.skip('torchcodec is not installed')
+    monkeypatch.setattr(_images, 'decode_jpeg', lambda data: calls.append(data) or decode_jpeg(data))
+    found = _images.decode_pixels(data)
+    assert found.dtype == torch.uint8 and bool(calls) == fast
+    np.testing.assert_array_equal(found.permute(1, 2, 0), by_pillow)
+    monkeypatch.setattr(_images, 'decode_jpeg', None)
+    assert torch.equal(_images.decode_pixels(data), found)
+
+
+@pytest.mark.parametrize('damage, error', [
+    (lambda data: data[:len(data) // 2], 'truncated'),
+    (lambda data: data[:-2], 'truncated'),
+    (lambda data: data[:len(data) // 2] + b'\xff' * 50 + data[len(data) // 2 + 50:], 'broken data stream'),
+    (lambda data: data[:2], 'cannot identify'),
+    (lambda data: b'', 'cannot identify'),
+])
+def test_pillow_says_what_is_wrong_with_a_jpeg(damage, error):
+    with pytest.raises(OSError, match=error):
+        _images.decode_pixels(damage(encode(Image.fromarray(COLOURS).resize((320, 240)), 'JPEG')))
 
 
 def test_a_network_for_gray_images_sees_the_gray_values():
