@@ -1,15 +1,28 @@
-"""Two processes under DistributedDataParallel train as one process with both batches does."""
+"""Two processes under DistributedDataParallel train as one process with both batches does.
+
+Their gloo processes run on the CPU, where SyncBatchNorm does not: what is compared exactly keeps the statistics of its
+BatchNorms, which each process takes of its own images.
+"""
+import json
+import os
+from pathlib import Path
+
 import processes
 import pytest
 import timm
+import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import train
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from fmd_timm import set_temperature
 
 PROCESSES = 2
+RECIPES = Path(train.__file__).parent
+PATH = os.pathsep.join(map(str, (RECIPES, Path(tiny.__file__).parent, RECIPES.parent)))  # of processes
 
 
 def make_model(num_kernels):
@@ -65,3 +78,59 @@ def test_process_with_one_image_trains(tmp_path):
     for first, second in zip(results[0][0], results[1][0], strict=True):
         torch.testing.assert_close(first, second)
         assert first.isfinite().all() and first.any()
+
+
+SCRIPT = """
+import sys
+import _optim, tiny, torch, train
+
+def train_mode(model):
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+if '--keep-statistics' in sys.argv:
+    sys.argv.remove('--keep-statistics')
+    _optim.train_mode = train_mode
+train.main(**vars(train.parse_train(sys.argv[1:])))
+"""
+
+
+def run_training(count, folder, *options):
+    """The run record and the weights of two epochs of the digits in so many processes."""
+    folder.mkdir()
+    script, output = folder / 'script.py', folder / 'run'
+    script.write_text(SCRIPT)
+    command = [script, 'digits', '--model', tiny.NAME, '--epochs', 2, '--tracker', 'none', '--output', output, *options]
+    for done in processes.launch(count, *command, env=dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONPATH=PATH)):
+        assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((output / 'result.json').read_text()), load_file(output / 'model.safetensors')
+
+
+@pytest.mark.parametrize('loss', [('--class-weights',), ('--bce-loss', '--bce-target-thresh', 0.2)])
+def test_two_processes_end_with_the_metrics_and_the_weights_of_one(loss, digits_folder, tmp_path):
+    """Though they also take two passes for a step: with averaged weights, mixup, CutMix and a limit of gradients."""
+    options = ('--dataset', digits_folder, '--batch-size', 16, '--hflip', 0.5, '--warmup-epochs', 0, '--clip-grad', 1.0,
+               '--ema-decay', 0.9, '--mixup', 0.2, '--cutmix', 1.0, '--keep-statistics', *loss)
+    expected, weights = run_training(1, tmp_path / 'one', *options)
+    record, of_two = run_training(PROCESSES, tmp_path / 'two', '--accumulate', 2, *options)
+    assert (expected['device_count'], record['device_count']) == (1, 2)
+    assert (record['top1'], record['top5']) == (expected['top1'], expected['top5'])
+    assert record['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(of_two[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f'{name}: {m}')
+
+
+@pytest.mark.slow
+def test_compressed_gradients_and_compiled_networks_of_two_processes_train_as_others_do(digits_folder, tmp_path):
+    options = '--dataset', digits_folder, '--batch-size', 16, '--ema-decay', 0.9, '--keep-statistics'
+    expected, weights = run_training(PROCESSES, tmp_path / 'plain', *options)
+    for name, tolerance, extra in (
+            ('compressed', 2e-2, ('--comm-hook', 'fp16')), ('compiled', 1e-3, ('--compile',))):
+        record, theirs = run_training(PROCESSES, tmp_path / name, *options, *extra)
+        assert record['loss'] == pytest.approx(expected['loss'], rel=tolerance)
+        changed = [key for key, tensor in weights.items() if not torch.equal(theirs[key], tensor)]
+        assert changed  # it did something
+        for key, tensor in weights.items():
+            torch.testing.assert_close(theirs[key], tensor, rtol=tolerance, atol=tolerance)
