@@ -1,14 +1,19 @@
 """recipes/_training.py: what a step does, and that recipes/_timing.py times the steps of recipes/train.py."""
+import dataclasses
+
 import _accelerator
 import _start
 import _timing
 import _training
 import pytest
+import timm
 import tiny
 import torch
 import train
 from accelerate import Accelerator
-from test_train import make_recipe
+from accelerate.state import AcceleratorState
+from timm.layers import DropPath
+from tiny import make_recipe, run
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures('fresh_accelerator')
@@ -126,3 +131,47 @@ def test_to_start_reading_a_loss_does_not_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert read() == 1.0
+
+
+def test_a_network_learns_from_a_teacher(digits_folder, tmp_path):
+    """A run of the recipes is one; the record says which weights it had."""
+    run(make_recipe(digits_folder, epochs=1), tmp_path / 'teacher')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = make_recipe(digits_folder, epochs=1, model=tiny.STATIC, kd_model_name=str(tmp_path / 'teacher'))
+    record = run(recipe, tmp_path / 'student')
+    teacher = record['teacher']
+    assert teacher['architecture'] == tiny.NAME and teacher['revision'].startswith('sha256 ') and record['init'] is None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    alone = run(dataclasses.replace(recipe, kd_model_name=None), tmp_path / 'alone')
+    assert alone['loss'] != record['loss'] and alone['teacher'] is None
+
+
+def test_sizes_grow_and_the_network_is_validated_and_saved_at_another(digits_folder, tmp_path, monkeypatch):
+    sizes, train_step = [], _training.train_step
+
+    def recorded(training, images, labels):
+        sizes.append(images.shape[-1])
+        return train_step(training, images, labels)
+
+    monkeypatch.setattr(_training, 'train_step', recorded)
+    record = run(make_recipe(
+        digits_folder, batch_size=32, image_sizes=['8:0', '12:1'], test_size=16, crop_pct=0.9, interpolation='random',
+        num_workers=1), tmp_path)
+    assert sizes == [8, 8, 12, 12] and record['input_size'] == (3, 16, 16)
+    cfg = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg
+    assert (tuple(cfg['input_size']), cfg['crop_pct'], cfg['interpolation']) == ((3, 16, 16), 0.9, 'bicubic')
+
+
+def test_what_is_dropped_is_of_training_alone(digits_folder, tmp_path, steps):
+    record = run(make_recipe(digits_folder, epochs=1, drop=0.2, drop_path=0.3), tmp_path)
+    drops = [m for m in steps[0].model.modules() if isinstance(m, DropPath)]
+    assert steps[0].model.drop_rate == 0.2 and max(m.drop_prob for m in drops) == pytest.approx(0.3)
+    assert record['model_args'] == {}
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).drop_rate == 0.0
+
+
+def test_few_images_for_the_attentions_statistics_are_said(digits_folder, tmp_path, capsys):
+    for accumulate, said in (1, False), (2, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run(make_recipe(digits_folder, epochs=1, accumulate=accumulate), tmp_path / str(accumulate))
+        assert ('BatchNorm statistics of 8 images' in capsys.readouterr().out) == said
