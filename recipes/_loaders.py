@@ -89,19 +89,24 @@ def eval_transform(data_config: dict) -> Callable[[Tensor], Tensor]:
 class RepeatedRows(RepeatAugSampler):
     """timm's repeated augmentation over the batches of all processes.
 
-    Row i comes as i, i + len(dataset), i + 2 * len(dataset) and so on: each time it is augmented in another way.
+    Row i comes as i, i + len(dataset), i + 2 * len(dataset) and so on: each time it is augmented in another way. The
+    repeats of a row are far apart in a batch, where mixup mixes neighbours and other processes have their parts.
     """
 
-    def __init__(self, images: LabelledImages, num_repeats: int):
+    def __init__(self, images: LabelledImages, num_repeats: int, batch_size: int):
         super().__init__(images, num_replicas=1, rank=0, num_repeats=num_repeats)
+        self.batch_size = batch_size
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(self.dataset.seed + epoch)  # timm's order is of the epoch alone
 
     def __iter__(self) -> Iterator[int]:
-        for i, row in enumerate(super().__iter__()):
-            yield row + i % self.num_repeats * len(self.dataset)
+        rows = [row + i % self.num_repeats * len(self.dataset) for i, row in enumerate(super().__iter__())]
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start:start + self.batch_size]
+            for first in range(self.num_repeats):
+                yield from batch[first::self.num_repeats]
 
 
 def make_loaders(
@@ -119,7 +124,7 @@ def make_loaders(
         generator=torch.Generator(),  # not the global one: an epoch may begin anywhere and must not disturb a step
     )
     if recipe.aug_repeats > 1:
-        order = dict(sampler=RepeatedRows(images['train'], recipe.aug_repeats))
+        order = dict(sampler=RepeatedRows(images['train'], recipe.aug_repeats, kwargs['batch_size']))
     else:
         order = dict(shuffle=True)
     train_loader = DataLoader(images['train'], drop_last=True, **order, **kwargs)

@@ -1,6 +1,6 @@
 """Train an image classifier:  accelerate launch recipes/train.py <preset> [--output FOLDER] [--option value ...]
 
-A preset is the published run; an option changes one value of it. `train.py <preset> --help` shows them all. The output
+A preset is a whole recipe; an option changes one value of it. `train.py <preset> --help` shows them all. The output
 folder gets `model.safetensors` and `config.json` (timm and the Hub load them), `result.json` (the run record, which the
 model card is made from), `checkpoints/` to resume from and the tracker's `logs/`.
 """

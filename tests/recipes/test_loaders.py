@@ -118,6 +118,7 @@ def test_repeated_augmentation_shows_fewer_images_more_often(processes, numbered
         order = [row for batches in zip(*parts) for _, labels in batches for row in labels.tolist()]
         rows, counts = np.unique(order, return_counts=True)
         assert len(order) == 48 and len(rows) == 16 and set(counts) == {3}
+        assert all(order[i] != order[i + 1] for i in range(0, 48, 2))  # or mixup would mix a row with itself
         pixels = {image.numpy().tobytes() for part in parts for images_, _ in part for image in images_}
         assert len(pixels) > 40  # each time in another way, though crops of so small images can be equal
         orders.append(order)

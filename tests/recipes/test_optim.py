@@ -25,7 +25,7 @@ def rates(recipe, steps_per_epoch=2):
 
 
 @pytest.mark.parametrize('options, expected', [
-    (dict(sched='multistep', decay_milestones=[1, 3], epochs=4), [1, 1, .1, .1, .1, .1, .01, .01]),
+    (dict(sched='multistep', decay_milestones=[1, 3], epochs=4), [1] + 4 * [.1] + 3 * [.01]),  # a step early
     (dict(sched='step', decay_epochs=2.0, decay_rate=0.5, epochs=4), [1, 1, 1, 1, .5, .5, .5, .5]),
     (dict(sched='poly', decay_rate=1.0, epochs=2), [1, .75, .5, .25]),
     (dict(sched='wsd', decay_epochs=1.0, epochs=2), [1, 1, 1, 1 - 2 ** -0.5]),

@@ -156,7 +156,7 @@ def test_sizes_grow_and_the_network_is_validated_and_saved_at_another(digits_fol
     monkeypatch.setattr(_training, 'train_step', recorded)
     record = run(make_recipe(
         digits_folder, batch_size=32, image_sizes=['8:0', '12:1'], test_size=16, crop_pct=0.9, interpolation='random',
-        num_workers=1), tmp_path)
+    ), tmp_path)
     assert sizes == [8, 8, 12, 12] and record['input_size'] == (3, 16, 16)
     cfg = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).pretrained_cfg
     assert (tuple(cfg['input_size']), cfg['crop_pct'], cfg['interpolation']) == ((3, 16, 16), 0.9, 'bicubic')
