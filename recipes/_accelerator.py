@@ -1,7 +1,10 @@
-"""The processes of a run and their devices."""
+"""The processes of a run and their devices: what they agree on, and what they exchange."""
 import datetime
 import os
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from _recipe import Recipe
@@ -11,13 +14,20 @@ from accelerate.utils import (
     DDPCommunicationHookType,
     ProjectConfiguration,
     broadcast,
+    broadcast_object_list,
+    gather_object,
     parse_flag_from_env,
 )
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 # How long the processes may wait for one another. The first one downloads, converts and decodes the images for all,
 # which takes hours for ImageNet; NCCL would end the others after 10 minutes.
 PROCESS_GROUP = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
+
+
+# Of Python, safetensors and torch, which also has its own for states that don't fit.
+FILE_ERRORS = OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError
 
 
 def runs_on_cuda() -> bool:
@@ -77,6 +87,65 @@ def broadcast_buffers(*modules: nn.Module) -> None:
     different networks.
     """
     broadcast([buffer for module in modules for buffer in module.buffers()])
+
+
+def on_main(accelerator: Accelerator, decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the main process, on all of them; where it refuses, all end and it alone says why."""
+    outcome = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except SystemExit as refusal:
+            outcome[1] = refusal.code
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise SystemExit(outcome[1] if accelerator.is_main_process else 1)
+    return outcome[0]
+
+
+def on_all(accelerator: Accelerator, failed: str, act: Callable[[], None], main_only: bool = False) -> None:
+    """Read or write files on all processes or on the main one, and end all where one of them could not.
+
+    Raises:
+        SystemExit: It failed on one; the main process says `failed` and why.
+    """
+    problem = None
+    try:
+        if accelerator.is_main_process or not main_only:
+            act()
+    except FILE_ERRORS as error:
+        problem = str(error) or type(error).__name__
+    problem = next(filter(None, gather_object([problem])), None)
+    if problem:
+        raise SystemExit(f'{failed}: {problem}' if accelerator.is_main_process else 1)
+
+
+def exchange(accelerator: Accelerator, loss: Tensor, *wishes: float) -> Callable[[], list[float]]:
+    """Start to average a loss () and other numbers over the processes, and to copy them to the host.
+
+    The function that comes back waits for no more than that copy.
+    """
+    if accelerator.num_processes == 1:
+        read = start_reading(loss)
+        return lambda: [read(), *wishes]
+    # Filled on the device: to copy numbers from the host would wait for the device.
+    values = torch.stack([loss, *(torch.full_like(loss, wish) for wish in wishes)])
+    return start_reading(accelerator.reduce(values, 'mean'))
+
+
+def start_reading(values: Tensor) -> Callable[[], Any]:
+    """Start to copy numbers to the host. The function that comes back waits for no more than that copy."""
+    if values.device.type != 'cuda':
+        return values.tolist
+    copied = values.to('cpu', non_blocking=True)  # into pinned memory
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> Any:
+        arrived.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 def usable_cores() -> int:

@@ -19,14 +19,26 @@ def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
 
+def name(text: str) -> str:
+    """The type of arguments that name something: '' is a shell variable that was not set, and not this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a name, got ''")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(name(text))
+
+
 def parse_recipe(argv: list[str], description: str | None = None) -> argparse.Namespace:
     """preset, recipe, output and resume, with no value checked but for those without effect."""
     parser = make_parser(
         description, prog='train.py',
         usage='train.py [preset] [--output FOLDER] [--resume auto|FOLDER] [--option value ...]')
     parser.add_argument('preset', nargs='?', choices=PRESETS, default='digits', help='the recipe to start from')
-    parser.add_argument('--output', type=Path, metavar='FOLDER', help='for the results (runs/<preset>)')
-    parser.add_argument('--resume', metavar='auto|FOLDER', help="checkpoint to go on from; 'auto' is the output's last")
+    parser.add_argument('--output', type=path, metavar='FOLDER', help='for the results (runs/<preset>)')
+    parser.add_argument(
+        '--resume', type=name, metavar='auto|FOLDER', help="checkpoint to go on from; 'auto' is the output's last")
     add_recipe(parser, PRESETS[next((argument for argument in argv if argument in PRESETS), 'digits')])
     given = vars(parser.parse_args(argv))
     output, resume, preset = given.pop('output'), given.pop('resume'), given.pop('preset')
@@ -82,7 +94,7 @@ def parse_compare(argv: list[str], description: str | None = None) -> argparse.N
     parser.add_argument(
         '--models', nargs='+', metavar='NAME', help='one static network and dynamic ones (those of the preset)')
     parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs per model, with seeds 0 to N - 1 (3)')
-    parser.add_argument('--output', type=Path, metavar='FOLDER', help='for the results (runs/compare_<preset>)')
+    parser.add_argument('--output', type=path, metavar='FOLDER', help='for the results (runs/compare_<preset>)')
     args, shared = parser.parse_known_args(argv)
     run = parse_recipe(shared)
     usual = PRESETS[run.preset]
@@ -104,7 +116,7 @@ def parse_compare(argv: list[str], description: str | None = None) -> argparse.N
 
 def parse_report(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
-    parser.add_argument('folder', type=Path, help='output of recipes/compare.py')
+    parser.add_argument('folder', type=path, help='output of recipes/compare.py')
     return parser.parse_args(argv)
 
 
@@ -123,7 +135,7 @@ def parse_evaluate(argv: list[str], description: str | None = None) -> argparse.
 def parse_predict(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
     parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, or registered model.tag')
-    parser.add_argument('images', nargs='+', type=Path, help='files, or folders of them')
+    parser.add_argument('images', nargs='+', type=path, help='files, or folders of them')
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print for each image (5)')
     parser.add_argument('--output', type=Path, metavar='FILE', help='also write them to a file, .csv or .json')
     args = parser.parse_args(argv)
@@ -136,7 +148,7 @@ def parse_predict(argv: list[str], description: str | None = None) -> argparse.N
 
 def parse_publish(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
-    parser.add_argument('--run', type=Path, required=True, help='folder that training wrote')
+    parser.add_argument('--run', type=path, required=True, help='folder that training wrote')
     parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='model repository, made if there is none')
     parser.add_argument('--tag', help='record it in hub_cards/ as <architecture>.<tag>')
     parser.add_argument('--private', action='store_true', help='make the repository private')
@@ -159,7 +171,7 @@ def parse_bench(argv: list[str], description: str | None = None) -> argparse.Nam
 
 def parse_first_gpu(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
-    parser.add_argument('--output', type=Path, default=Path('gpu_report.md'), help='the report (gpu_report.md)')
+    parser.add_argument('--output', type=path, default=Path('gpu_report.md'), help='the report (gpu_report.md)')
     parser.add_argument('--dry-run', action='store_true', help='on the CPU, scaled down')
     return parser.parse_args(argv)
 
@@ -167,7 +179,7 @@ def parse_first_gpu(argv: list[str], description: str | None = None) -> argparse
 def parse_transfer(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
     parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each, with seeds 0 to N - 1 (3)')
-    parser.add_argument('--output', type=Path, default=Path('runs/transfer'), help='folder of the runs')
+    parser.add_argument('--output', type=path, default=Path('runs/transfer'), help='folder of the runs')
     args = parser.parse_args(argv)
     if args.seeds < 1:
         raise SystemExit(f'--seeds must be at least 1, got {args.seeds}')

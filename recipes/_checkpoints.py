@@ -1,71 +1,66 @@
 """Checkpoints of a training run: written beside their place and renamed, found again, and checked before use.
 
-A checkpoint is `<output>/checkpoints/epoch_<n>`. What else is in that folder is left alone. Reading a checkpoint runs
-no code from it: weights, averaged ones too, are safetensors, progress is JSON, and accelerate reads the states of
-optimizer and random generators with `weights_only`.
+A checkpoint is `<output>/checkpoints/epoch_<n>`, with n epochs done, or `epoch_<n>_step_<s>` where s steps of the next
+one are done too. What else is in that folder is left alone. Its `manifest.json`, which is written last, has size and
+sha256 of every file. Reading a checkpoint runs no code from it: weights, averaged ones too, are safetensors, progress
+is JSON, and accelerate reads the states of optimizer and random generators with `weights_only`.
 """
+import hashlib
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-from _record import read_json, write_json
+import accelerate
+import numpy as np
+from _accelerator import on_all
+from _data import LabelledImages
+from _record import read_json, sha256, write_json
 from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 
-KEPT = 2  # the last ones; the best is kept besides
-AVERAGED = 'averaged.safetensors'
+KEPT = 2  # the last ones: one could be damaged
+AVERAGED, PROGRESS, MANIFEST = 'averaged.safetensors', 'progress.json', 'manifest.json'
+UNFINISHED, REPLACED = '.unfinished', '.replaced'  # what is being written, what is taken away
 
 
-def check_output(output: Path, resume: str | None, model_bytes: int) -> Path | None:
-    """Check that results can be written to `output`, and find the checkpoint to resume from.
-
-    Args:
-        output: Folder of the run.
-        resume: 'auto' for its last checkpoint (none yet: start anew), the folder of a checkpoint, or None to start.
-        model_bytes: Size of the parameters.
-
-    Raises:
-        SystemExit: The folder can't be written, has too little space or holds another run, or there is no checkpoint.
-    """
-    checkpoints = output / 'checkpoints'
-    probe = checkpoints / f'.writable-{os.getpid()}'
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SystemExit(f'--output {output} cannot be written: {error}') from error
-    found = find(checkpoints)
-    # Weights, averaged weights and at most two optimizer states, in each kept checkpoint and the one being written.
-    needed, free = 4 * model_bytes * (KEPT + 2), shutil.disk_usage(output).free
-    # Those that are there already are among them.
-    taken = sum(path.stat().st_size for folder in found.values() for path in folder.rglob('*'))
-    if free + taken < needed:
-        raise SystemExit(
-            f'--output {output} has {free // 2**20} MiB free, checkpoints need {(needed - taken) // 2**20} MiB')
-    if resume == 'auto':
-        return found[max(found)] if found else None
-    if resume is not None:
-        if not (Path(resume) / 'progress.json').is_file():
-            raise SystemExit(f"--resume must be 'auto' or the folder of a checkpoint with progress.json, got {resume}")
-        return Path(resume)
-    if found or (output / 'result.json').exists():
-        raise SystemExit(f'--output {output} holds another run: name another folder, or go on with --resume auto')
-    return None
-
-
-def find(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints in the folder by their epoch."""
+def find(checkpoints: Path) -> dict[tuple[int, int], Path]:
+    """The checkpoints in the folder by their epochs and steps."""
     return {
-        int(match[1]): path for path in checkpoints.iterdir()
-        if (match := re.fullmatch(r'epoch_(\d+)', path.name)) and path.is_dir()}
+        (int(match[1]), int(match[2] or 0)): path for path in checkpoints.iterdir()
+        if (match := re.fullmatch(r'epoch_(\d+)(?:_step_(\d+))?', path.name)) and path.is_dir()}
 
 
-def read_progress(checkpoint: Path, settings: dict) -> dict:
-    """The checkpoint's progress.json; refuses one whose settings are others."""
-    progress = read_json(checkpoint / 'progress.json')
+def name_of(progress: dict[str, Any]) -> str:
+    name = f'epoch_{progress["epochs_done"]:04d}'
+    return f'{name}_step_{progress["step"]:06d}' if progress['step'] else name
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if they are what was written, all of them and no others."""
+    try:
+        expected = {name: (size, digest) for name, size, digest in read_json(checkpoint / MANIFEST)['files']}
+    except FileNotFoundError:
+        return f'it has no {MANIFEST}'
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f'{MANIFEST} cannot be read ({type(error).__name__}: {error})'
+    for name, (size, digest) in expected.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f'{name} is missing'
+        if path.stat().st_size != size:
+            return f'{name} has {path.stat().st_size} bytes, {size} were written'
+        if sha256(path) != digest:
+            return f'{name} has changed since it was written'
+    others = {path.name for path in checkpoint.iterdir() if path.name[0] != '.'} - {*expected, MANIFEST}
+    return f'{min(others)} does not belong to it' if others else None
+
+
+def read_progress(checkpoint: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The progress of a whole checkpoint; refuses one whose settings are others."""
+    progress = read_json(checkpoint / PROGRESS)
     for name, value in settings.items():
         theirs = progress['settings'].get(name)
         if theirs != value:
@@ -73,29 +68,118 @@ def read_progress(checkpoint: Path, settings: dict) -> dict:
     return progress
 
 
+def check_images(
+        checkpoint: Path | None, theirs: dict[str, Any] | None, images: dict[str, LabelledImages]) -> dict[str, Any]:
+    """What the images are, wherever they are: the same for all processes and in every part of a run.
+
+    Args:
+        checkpoint: That the run goes on from, if it does.
+        theirs: What this function returned in the run of the checkpoint.
+        images: Of each part.
+
+    Raises:
+        SystemExit: They aren't those of the checkpoint.
+    """
+    ours = {
+        part: dict(
+            split=of.split, number=len(of), label_names=of.label_names,
+            labels_sha256=hashlib.sha256(np.asarray(of.labels(), np.int64).tobytes()).hexdigest(),
+        ) for part, of in images.items()}
+    for part in ours if theirs else ():
+        for name, value in ours[part].items():
+            if theirs[part][name] != value:
+                raise SystemExit(
+                    f'--resume {checkpoint} is of a run on other images: its {part} images have {name} '
+                    f'{theirs[part][name]}, these have {value}')
+    return ours
+
+
 def load(accelerator: Accelerator, checkpoint: Path, ema: ModelEmaV3 | None) -> None:
-    accelerator.load_state(str(checkpoint))
-    if ema:
-        load_model(ema.module, checkpoint / AVERAGED)
+    """Load what `save` saved.
 
+    Raises:
+        SystemExit: It can't be read.
+    """
+    processes = len(list(checkpoint.glob('random_states_*.pkl')))
+    if processes != accelerator.num_processes:
+        accelerator.print(f'{checkpoint} is of {processes} processes: on {accelerator.num_processes} the run goes on '
+                          f'with other random numbers')
 
-def save(accelerator: Accelerator, checkpoints: Path, progress: dict, ema: ModelEmaV3 | None) -> None:
-    """Save the accelerator's state, the averaged weights and `progress`, and drop the checkpoints no longer kept."""
-    epoch = progress['epochs_done']
-    folder = checkpoints / f'epoch_{epoch:04d}'
-    unfinished = checkpoints / f'.{folder.name}'
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    def read():
+        random_states = checkpoint / f'random_states_{accelerator.process_index}.pkl'
+        if random_states.exists():
+            accelerate.utils.load(random_states)  # which load_state keeps quiet about where it can't
+        accelerator.load_state(str(checkpoint))
         if ema:
+            load_model(ema.module, checkpoint / AVERAGED)
+
+    on_all(accelerator, f'--resume {checkpoint} could not be loaded', read)
+
+
+def save(accelerator: Accelerator, checkpoints: Path, progress: dict[str, Any], ema: ModelEmaV3 | None) -> Path:
+    """Save the accelerator's state, the averaged weights and `progress`, and drop the checkpoints no longer kept.
+
+    Raises:
+        SystemExit: It can't be written. Older ones are as they were.
+    """
+    unfinished, folder = checkpoints / UNFINISHED, checkpoints / name_of(progress)
+    failed = f'the checkpoint {folder} could not be written, older ones are whole'
+
+    def write_state():
+        accelerator.save_state(str(unfinished))
+        if ema and accelerator.is_main_process:
             save_model(ema.module, str(unfinished / AVERAGED))
-        write_json(unfinished / 'progress.json', progress)
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was then resumed from an earlier one
+
+    def finish():
+        write_json(unfinished / PROGRESS, progress)
+        write_manifest(unfinished)
+        if folder.exists():  # of a run that was then resumed from an earlier one
+            folder.replace(checkpoints / REPLACED)
         unfinished.replace(folder)
-        for old, path in find(checkpoints).items():
-            if old <= epoch - KEPT and old != progress['best_epoch']:
-                shutil.rmtree(path)
-    accelerator.wait_for_everyone()
+        sync(checkpoints)
+        drop_old(checkpoints, progress)
+
+    try:
+        on_all(accelerator, failed, lambda: remove_unfinished(checkpoints), main_only=True)
+        on_all(accelerator, failed, write_state)
+        on_all(accelerator, failed, finish, main_only=True)
+    except SystemExit:
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return folder
+
+
+def write_manifest(folder: Path) -> None:
+    """All files of the checkpoint are on the disk before the manifest says so."""
+    files = sorted(folder.iterdir())
+    for path in files:
+        sync(path)
+    write_json(folder / MANIFEST, dict(files=[(path.name, path.stat().st_size, sha256(path)) for path in files]))
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    if path.is_dir() and os.name == 'nt':
+        return  # Windows has no such thing for folders
+    descriptor = os.open(path, os.O_RDONLY if os.name != 'nt' else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def drop_old(checkpoints: Path, progress: dict[str, Any]) -> None:
+    """Keep the one just written and the last before it; later ones stay, of a run that was resumed from an earlier."""
+    found, present = find(checkpoints), (progress['epochs_done'], progress['step'])
+    for old in sorted(key for key in found if key < present)[:1 - KEPT]:
+        shutil.rmtree(found[old])
+    remove_unfinished(checkpoints)
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    for name in UNFINISHED, REPLACED:
+        if (checkpoints / name).exists():
+            shutil.rmtree(checkpoints / name)

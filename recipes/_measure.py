@@ -6,6 +6,8 @@ import time
 
 import torch
 import torch.nn.functional as F
+from _accelerator import exchange
+from _interruptions import Interruptions
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,18 +22,24 @@ def score(
         loader: DataLoader,
         normalize: nn.Module,
         num_images: int,
-) -> dict[str, float]:
+        interruptions: Interruptions | None = None,
+) -> dict[str, float] | None:
     """Top-1 and top-5 in percent and the mean cross-entropy, each image counted once on any number of processes.
 
     Args:
         loader: Prepared by the accelerator, which fills up the last batch with images that are not counted.
         num_images: How many images there must be.
 
+        interruptions: Of the training that this is part of, if it is.
+
+    Returns:
+        None if it was stopped.
+
     Raises:
         RuntimeError: Another number of images came back.
     """
     model.eval()
-    hits, losses = [], []
+    hits, losses, pending = [], [], None
     bar = tqdm(loader, 'evaluating', leave=False, mininterval=1, disable=not accelerator.is_main_process)
     for images, labels in bar:
         with accelerator.autocast():
@@ -41,6 +49,12 @@ def score(
         best = logits.topk(min(5, logits.shape[1])).indices
         hits.append(accelerator.gather_for_metrics(best == labels[:, None]))
         losses.append(accelerator.gather_for_metrics(F.cross_entropy(logits, labels, reduction='none')))
+        if interruptions:
+            if pending:
+                interruptions.hear(*pending()[1:])
+            if interruptions.signal:
+                return None
+            pending = exchange(accelerator, losses[-1].mean(), *interruptions.wishes())
     hits, losses = torch.cat(hits), torch.cat(losses)
     if len(hits) != num_images or len(losses) != num_images:
         raise RuntimeError(f'expected results of {num_images} validation images, got {len(hits)}')

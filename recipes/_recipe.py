@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from _interruptions import parse_every
+
 INFLATED = 'inflated:'  # prefix of --init
 VALIDATION_SPLITS = ('validation', 'valid', 'val', 'test')  # in this order: ImageNet's test split has no labels
 FREEZABLE = ('backbone', 'attention')
@@ -16,7 +18,7 @@ CHOICES = dict(
     sched=('cosine', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'tanh', 'constant'), comm_hook=(None, 'bf16', 'fp16'),
     precision=('auto', 'bf16', 'fp16', 'fp32'))
 # Options that change how a run is executed and not what it computes: a run may be resumed with other ones.
-EXECUTION = ('num_workers', 'tracker')
+EXECUTION = ('num_workers', 'tracker', 'checkpoint_every')
 
 
 def option(default, help: str, group: str | None = None):
@@ -112,6 +114,7 @@ class Recipe:
     sync_bn: bool = option(False, 'BatchNorm over the images of all GPUs')
     comm_hook: str | None = option(None, "send gradients between GPUs in 'bf16' or 'fp16', half of the bytes")
     num_workers: int = option(4, 'data loading processes per training process, at most one per core')
+    checkpoint_every: str = option('10min', "time between checkpoints, or epochs as in '5epochs'; the end has one too")
     tracker: str = option('tensorboard', "tracker known to accelerate, or 'none'")
     seed: int = option(0, 'of weights, shuffling and augmentation')
 
@@ -150,6 +153,8 @@ def check_recipe(recipe: Recipe) -> None:
         refuse(recipe, 'init', 'the weights to start from, or --model a network for random ones')
     if recipe.model is None and recipe.init.startswith(INFLATED):
         refuse(recipe, 'model', f'the dynamic network to grow out of {recipe.init.removeprefix(INFLATED)}')
+    if not recipe.dataset:
+        refuse(recipe, 'dataset', "'digits', a dataset id on the Hub, or a folder")
     if recipe.freeze is not None and recipe.init is None:
         refuse(recipe, 'freeze', 'left out without --init: random weights must learn')
     for name, choices in CHOICES.items():
@@ -179,6 +184,10 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and not 0 <= value < math.inf:
             refuse(recipe, name, 'at least 0')
+    try:
+        parse_every(recipe.checkpoint_every)
+    except ValueError:
+        refuse(recipe, 'checkpoint_every', "a time such as '10min' or a number of epochs such as '5epochs'")
     check_lists(recipe)
     check_schedule(recipe)
 

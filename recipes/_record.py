@@ -62,7 +62,11 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def public(settings: dict[str, Any]) -> dict[str, Any]:

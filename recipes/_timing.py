@@ -24,6 +24,7 @@ import torch
 from _accelerator import make_accelerator
 from _data import open_images
 from _distillation import check_teacher, load_teacher
+from _interruptions import Interruptions
 from _loaders import make_loaders
 from _measure import time_inference
 from _recipe import Recipe
@@ -118,7 +119,7 @@ def train_steps(training: Training, batches: Iterator, steps: int) -> float:
         while training.step < steps:
             yield next(batches)
 
-    seconds, _ = train_epoch(training, chosen())
+    seconds, _ = train_epoch(training, chosen(), Interruptions())
     return seconds
 
 

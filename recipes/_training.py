@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import _optim
 import torch
+from _accelerator import exchange
 from _data import LabelledImages
 from _distillation import Teacher
+from _interruptions import Interruptions
 from _loaders import Normalize
 from _measure import synchronize
 from _mixup import BatchMixup
@@ -127,27 +129,43 @@ def say_few_images(accelerator: Accelerator, recipe: Recipe, network: nn.Module)
             f'{FEWEST_IMAGES} or more are better: --batch-size, --accumulate, or --sync-bn on several GPUs')
 
 
-def train_epoch(training: Training, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Train on batches of images (B, 3, H, W) uint8 and labels (B,); returns the seconds and the loss of the last one.
+def train_epoch(
+        training: Training,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        interruptions: Interruptions,
+) -> tuple[float, float]:
+    """Train on batches of images (B, 3, H, W) uint8 and labels (B,), to the last one or until a step is interrupted.
+
+    Loss and interruptions are read one step late, when the device has them: to wait for them at once would keep the
+    device from being given the next step in time.
+
+    Returns:
+        The seconds, and the loss of the last batch, the mean of all processes.
 
     Raises:
-        SystemExit: The loss is not finite. It is read one step late, when the device has it: to wait for it at once
-            would keep the device from being given the next step in time.
+        SystemExit: The loss is not finite.
     """
-    device = training.accelerator.device
+    accelerator, pending = training.accelerator, None
+
+    def arrive(read: Callable[[], list[float]], step: int, rate: float) -> float:
+        loss, *wishes = read()
+        interruptions.hear(*wishes)
+        return check_finite(loss, step, rate)
+
     _optim.train_mode(training.model)
-    synchronize(device)
-    start, pending = time.perf_counter(), None
+    synchronize(accelerator.device)
+    start = time.perf_counter()
     for images, labels in batches:
         step, rate = training.step, learning_rate(training.optimizer)
         loss = train_step(training, images, labels)
         if pending:
-            check_finite(*pending)
-        # The mean of all processes, so that all of them go on or none.
-        pending = start_reading(training.accelerator.reduce(loss, 'mean')), step, rate
-    last_loss = check_finite(*pending)
-    synchronize(device)
-    return time.perf_counter() - start, last_loss
+            arrive(*pending)
+        pending = exchange(accelerator, loss, *interruptions.wishes()), step, rate
+        if interruptions.pending and accelerator.sync_gradients:
+            break
+    loss = arrive(*pending)
+    synchronize(accelerator.device)
+    return time.perf_counter() - start, loss
 
 
 def train_step(training: Training, images: Tensor, labels: Tensor) -> Tensor:
@@ -192,23 +210,7 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return group['lr'] / group['lr_scale']
 
 
-def start_reading(loss: Tensor) -> Callable[[], float]:
-    """Start to copy a loss to the host. The function that comes back waits for no more than that copy."""
-    if loss.device.type != 'cuda':
-        return loss.item
-    copied = loss.to('cpu', non_blocking=True)  # into pinned memory
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def read() -> float:
-        arrived.synchronize()
-        return copied.item()
-
-    return read
-
-
-def check_finite(read_loss: Callable[[], float], step: int, rate: float) -> float:
-    loss = read_loss()
+def check_finite(loss: float, step: int, rate: float) -> float:
     if not math.isfinite(loss):
         raise SystemExit(
             f'the loss is {loss} at step {step} with learning rate {rate:.4g}; the last checkpoint is from before it')

@@ -7,9 +7,11 @@ model card is made from), `checkpoints/` to resume from and the tracker's `logs/
 import sys
 
 from _arguments import parse_train
+from _interruptions import end_with_launcher
 
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_train(sys.argv[1:], __doc__)
+    end_with_launcher()
 
 import dataclasses
 import math
@@ -19,19 +21,19 @@ from typing import Any
 import _checkpoints
 import _optim
 import torch
-from _accelerator import broadcast_buffers, make_accelerator
+from _accelerator import make_accelerator
 from _data import LabelledImages, open_images
 from _distillation import check_teacher, load_teacher
-from _loaders import batches_of, make_loaders
-from _measure import count_gmacs, peak_memory_mib, score, time_inference
+from _loaders import make_loaders
+from _loop import train_epochs
+from _measure import count_gmacs, peak_memory_mib, time_inference
+from _output import open_output
 from _recipe import EXECUTION, Recipe, check_recipe
 from _record import circumstances, hardware, new_leg, public, read_json, sha256, training_times, write_json
 from _start import check_names, complete, data_config, first_dynamic, first_network, fit_classifier, new_network
-from _training import Training, learning_rate, make_training, train_epoch
+from _training import Training, make_training
 from accelerate.utils import set_seed
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fmd_timm.hub import save_for_hub
 from fmd_timm.model_card import results_table
@@ -53,20 +55,18 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         teacher, teacher_origin = load_teacher(recipe)
     asked, recipe = recipe, complete(recipe, network)
     model_bytes = 4 * sum(p.numel() for p in network.parameters())
-    checkpoint = _checkpoints.check_output(output, resume, model_bytes)
-    settings = dict(
-        preset=preset, **dataclasses.asdict(asked), init_revision=origin and origin['revision'],
-        teacher_revision=teacher_origin and teacher_origin['revision'])
-    settings = {name: value for name, value in settings.items() if name not in EXECUTION}
-    progress = dict(settings=settings, epochs_done=0, legs=[], metrics=None, best_epoch=0, best_top1=-1.0)
-    if checkpoint:
-        progress = _checkpoints.read_progress(checkpoint, settings)
-    progress['legs'].append(new_leg(accelerator))
+    settings = run_settings(preset, asked, origin, teacher_origin)
+    lock, checkpoint, progress = open_output(accelerator, output, resume, model_bytes, settings)
+    progress = progress or dict(
+        settings=settings, images=None, epochs_done=0, step=0, seconds=0.0, train_loss=None, legs=[], metrics=None,
+        best_epoch=0, best_top1=-1.0)
+    progress['legs'].append(dict(new_leg(accelerator), epochs_done=progress['epochs_done'], step=progress['step']))
     with accelerator.local_main_process_first():
         images = open_images(recipe)
         if is_main:
             for part in images.values():
                 part.check_decodable()
+    progress['images'] = _checkpoints.check_images(checkpoint, progress['images'], images)
 
     # Build: network, batches, optimization
     set_seed(recipe.seed)
@@ -85,28 +85,15 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     steps_per_epoch = math.ceil(len(train_loader) / recipe.accumulate)
     training = make_training(
         accelerator, recipe, network, config, images['train'], recipe.epochs * steps_per_epoch, teacher)
-    training.step = progress['epochs_done'] * steps_per_epoch
+    training.step = progress['epochs_done'] * steps_per_epoch + progress['step']
+    if recipe.tracker != 'none':
+        given = {name: value for name, value in public(dataclasses.asdict(asked)).items() if value is not None}
+        accelerator.init_trackers('fmd_timm', {k: str(v) if isinstance(v, list) else v for k, v in given.items()})
     set_seed(recipe.seed, device_specific=True)  # mixup and dropout differ between the processes
     if checkpoint:
         _checkpoints.load(accelerator, checkpoint, training.ema)
-    if recipe.tracker != 'none':
-        given = {name: value for name, value in public(settings).items() if value is not None}
-        accelerator.init_trackers('fmd_timm', {k: str(v) if isinstance(v, list) else v for k, v in given.items()})
 
-    # The loop
-    for epoch in range(progress['epochs_done'], recipe.epochs):
-        batches = batches_of(train_loader, epoch)
-        bar = tqdm(batches, f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1, disable=not is_main)
-        seconds, train_loss = train_epoch(training, bar)
-        metrics = evaluate(training, validation_loader, len(images['validation']))
-        progress |= dict(epochs_done=epoch + 1, metrics=metrics)
-        progress['legs'][-1]['epoch_seconds'].append(seconds)
-        if metrics['top1'] > progress['best_top1']:
-            progress |= dict(best_top1=metrics['top1'], best_epoch=epoch + 1)
-        logged = dict(metrics, train_loss=train_loss, lr=learning_rate(training.optimizer), epoch_seconds=seconds)
-        accelerator.log(logged, step=epoch + 1)
-        accelerator.print(f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4g}' for name, value in logged.items()))
-        _checkpoints.save(accelerator, output / 'checkpoints', progress, training.ema)
+    train_epochs(training, train_loader, validation_loader, progress, output / 'checkpoints')
 
     # Write
     record = None
@@ -122,25 +109,19 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         write_json(output / 'result.json', record)
         print(results_table(record))
     accelerator.end_training()
+    if lock:
+        lock.close()
     return record
 
 
-def evaluate(training: Training, loader: DataLoader, num_images: int) -> dict[str, float]:
-    """The score of the network that counts.
-
-    Raises:
-        SystemExit: It is none, because training has diverged.
-    """
-    broadcast_buffers(training.model)
-    if training.ema:
-        broadcast_buffers(training.ema.module)
-    metrics = score(training.accelerator, training.evaluated, loader, training.normalize, num_images)
-    if not math.isfinite(metrics['loss']):
-        raise SystemExit(
-            f'the loss of the validation images is {metrics["loss"]} after step {training.step} with learning rate '
-            f'{learning_rate(training.optimizer):.4g}: training has diverged; the last checkpoint is from before it'
-        )
-    return metrics
+def run_settings(preset: str, asked: Recipe, origin: dict | None, teacher_origin: dict | None) -> dict[str, Any]:
+    """What must be the same to go on with a run. Images and weights are compared by what they are, not where."""
+    settings = dict(preset=preset, **dataclasses.asdict(asked))
+    for name in *EXECUTION, 'dataset', 'init':
+        del settings[name]
+    return dict(
+        settings, init=origin and f'{origin["revision"]}{", inflated" * origin["inflated"]}',
+        teacher_revision=teacher_origin and teacher_origin['revision'])
 
 
 def make_record(

@@ -195,14 +195,16 @@ def test_a_run_that_fails_loses_no_other_and_goes_on_from_its_checkpoint(
     (tmp_path / 'recipes' / 'train.py').write_text(f'''
 import os, signal, sys
 sys.path[:0] = {[str(compare.RECIPES), str(Path(tiny.__file__).parent)]!r}
-import _accelerator, _checkpoints, tiny, train
+import _accelerator, _checkpoints, _loop, tiny, train
 save = _checkpoints.save
 def save_and_die(*args):
-    save(*args)
+    folder = save(*args)
     if not os.path.exists({str(tmp_path / 'killed')!r}):
         open({str(tmp_path / 'killed')!r}, 'w').close()
         os.kill(os.getpid(), signal.SIGKILL)
+    return folder
 _checkpoints.save = save_and_die
+_loop.parse_every = lambda every: (float('inf'), 1)
 _accelerator.use_all_cores = lambda state: None
 train.main(**vars(train.parse_train(sys.argv[1:])))
 ''')

@@ -135,7 +135,8 @@ def test_a_run_from_random_weights_starts_at_30(digits_folder, tmp_path):
 
 def test_a_resumed_fine_tune_ends_with_the_same_weights(letters_folder, checkpoint, tmp_path, monkeypatch):
     recipe = make_finetune(
-        letters_folder, checkpoint, epochs=2, freeze='backbone', class_weights=True, ema_decay=0.9, mixup=0.2)
+        letters_folder, checkpoint, epochs=2, freeze='backbone', class_weights=True, ema_decay=0.9, mixup=0.2,
+        checkpoint_every='1epoch')
     uninterrupted = run(recipe, tmp_path / 'uninterrupted')
     save = _checkpoints.save
 
@@ -164,7 +165,7 @@ def test_a_run_is_not_resumed_from_other_weights_under_the_same_name(letters_fol
         if seed == 0:
             run(recipe, tmp_path / 'run')
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(SystemExit, match="is of a run with init_revision 'sha256 .*, this one has 'sha256"):
+    with pytest.raises(SystemExit, match="is of a run with init 'sha256 .*, this one has 'sha256"):
         run(recipe, tmp_path / 'run', resume='auto')
 
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import _checkpoints
 import _data
 import _loaders
-import _record
+import _loop
+import _output
 import datasets
 import evaluate
 import processes
@@ -70,40 +70,6 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     assert 100 * right / 50 == pytest.approx(result['top1'])
 
 
-def test_a_resumed_run_ends_with_the_same_weights(digits_folder, tmp_path, monkeypatch):
-    recipe = make_recipe(
-        digits_folder, epochs=3, mixup=0.2, cutmix=0.2, reprob=0.25, aa='rand-m5', ema_decay=0.9, accumulate=2,
-        annealed_by=0.9,
-    )
-    uninterrupted = run(recipe, tmp_path / 'uninterrupted')
-
-    save = _checkpoints.save
-
-    def save_and_stop(accelerator, folder, progress, ema):
-        save(accelerator, folder, progress, ema)
-        if progress['epochs_done'] == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_checkpoints, 'save', save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe, tmp_path / 'resumed')
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.manual_seed(1234)  # a new process starts with other random states
-    monkeypatch.setattr(_record, 'device_name', lambda device: 'another CPU')
-    resumed = run(recipe, tmp_path / 'resumed', resume='auto')
-
-    expected = load_file(tmp_path / 'uninterrupted' / 'model.safetensors')
-    for key, tensor in load_file(tmp_path / 'resumed' / 'model.safetensors').items():
-        assert torch.equal(tensor, expected[key]), key
-    first, second = resumed['legs']
-    assert first['epoch_seconds'] + second['epoch_seconds'] == resumed['epoch_seconds']
-    assert (len(first['epoch_seconds']), second['epoch_seconds']) == (2, [resumed['median_epoch_seconds']])
-    assert first['device'] != second['device'] == resumed['device'] == 'another CPU'
-    for key in 'top1', 'top5', 'loss', 'best_top1', 'best_epoch':
-        assert resumed[key] == uninterrupted[key]
-
-
 def test_averaged_weights_are_saved_with_the_present_temperature(digits_folder, tmp_path):
     run(make_recipe(digits_folder, ema_decay=0.9, annealed_by=0.9), tmp_path)
     expected = annealed_temperature(7 / 8, 30.0, 0.9)  # of the last of 2 epochs of 64 / 16 steps
@@ -132,8 +98,8 @@ def test_two_processes_evaluate_the_same_network_and_count_every_image_once(
     script = tmp_path / 'script.py'
     script.write_text(f'''
 import os, sys
-import tiny, torch, train
-evaluate = train.evaluate
+import _loop, tiny, torch, train
+evaluate = _loop.evaluate
 
 def recorded(training, *args):
     metrics = evaluate(training, *args)
@@ -141,7 +107,7 @@ def recorded(training, *args):
     torch.save([network.state_dict() for network in networks], {str(tmp_path)!r} + '/networks' + os.environ['RANK'])
     return metrics
 
-train.evaluate = recorded
+_loop.evaluate = recorded
 train.main(**vars(train.parse_train(sys.argv[1:])))
 ''')
     launch(2, script, 'digits', '--model', tiny.NAME, '--dataset', digits_folder, '--epochs', 1, '--batch-size', 16,
@@ -203,11 +169,16 @@ train.main(**vars(train.parse_train(sys.argv[1:])))
         assert epochs.count('0') == epochs.count('1') == 64  # its half of the images to train on and to validate
 
 
-def test_the_last_two_checkpoints_and_the_best_are_kept(digits_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize('every, kept', [
+    ('10min', ['epoch_0005']), ('1epoch', ['epoch_0004', 'epoch_0005']), ('2epochs', ['epoch_0004', 'epoch_0005']),
+    ('3epochs', ['epoch_0003', 'epoch_0005']),
+])
+def test_the_end_and_the_last_checkpoint_before_it_are_kept(every, kept, digits_folder, tmp_path, monkeypatch):
     accuracies = iter([10.0, 90.0, 20.0, 30.0, 40.0])
-    monkeypatch.setattr(train, 'score', lambda *args: dict(top1=next(accuracies), top5=100.0, loss=1.0))
-    run(make_recipe(digits_folder, epochs=5), tmp_path)
-    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['epoch_0002', 'epoch_0004', 'epoch_0005']
+    monkeypatch.setattr(_loop, 'score', lambda *args: dict(top1=next(accuracies), top5=100.0, loss=1.0))
+    record = run(make_recipe(digits_folder, epochs=5, checkpoint_every=every), tmp_path)
+    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == kept
+    assert (record['best_top1'], record['best_epoch'], record['top1']) == (90, 2, 40)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(digits_folder, tmp_path, monkeypatch):
@@ -221,7 +192,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(d
 
     monkeypatch.setattr(_loaders.Normalize, 'forward', poisoned)
     with pytest.raises(SystemExit, match=r'the loss is nan at step 5 with learning rate 0\.0'):
-        run(make_recipe(digits_folder), tmp_path)
+        run(make_recipe(digits_folder, checkpoint_every='1epoch'), tmp_path)
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['epoch_0001']
     assert not (tmp_path / 'result.json').exists()
 
@@ -272,7 +243,7 @@ def test_output_that_cannot_be_written_is_named(digits_folder, tmp_path, monkeyp
     with pytest.raises(SystemExit, match='--output .*file/run cannot be written'):
         run(make_recipe(digits_folder), tmp_path / 'file' / 'run')
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr(_checkpoints.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**20))
+    monkeypatch.setattr(_output.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**20))
     with pytest.raises(SystemExit, match='--output .* has 1 MiB free, checkpoints need'):
         run(make_recipe(digits_folder), tmp_path / 'full')
 
@@ -283,7 +254,7 @@ def test_another_run_is_neither_overwritten_nor_resumed_with_other_settings(digi
         (None, {}, 'holds another run'),
         ('auto', dict(model='resnet18'), "is of a run with model 'tiny_dynamic', this one has 'resnet18'"),
         ('auto', dict(lr=0.01), 'is of a run with lr 0.05, this one has 0.01'),
-        (str(tmp_path / 'nowhere'), {}, "--resume must be 'auto' or the folder of a checkpoint"),
+        (str(tmp_path / 'nowhere'), {}, "--resume must be 'auto' or .* got .*nowhere: it has no manifest"),
     ]:
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(SystemExit, match=message):
