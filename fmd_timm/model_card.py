@@ -252,7 +252,8 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
     results = [
         EvalResult(
             task_type='image-classification',
-            dataset_type=dataset,
+            dataset_type=record.get('dataset_type') or dataset,
+            dataset_config=record.get('dataset_config'),
             dataset_name=dataset,
             dataset_split=record['validation_split'],
             metric_type='accuracy',

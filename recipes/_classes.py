@@ -1,4 +1,4 @@
-"""Names of classes: those of a checkpoint, and which class of a checkpoint is which of a dataset."""
+"""The classes of a checkpoint: their names, as its configuration has them and as people read them."""
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 

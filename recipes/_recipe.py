@@ -14,6 +14,7 @@ INFLATED = 'inflated:'  # prefix of --init
 VALIDATION_SPLITS = ('validation', 'valid', 'val', 'test')  # in this order: ImageNet's test split has no labels
 FREEZABLE = ('backbone', 'attention')
 CHOICES = dict(
+    on_bad_image=('stop', 'skip'),
     crop=('rrc', 'pad'), interpolation=(None, 'bilinear', 'bicubic', 'random'), freeze=(None, *FREEZABLE),
     sched=('cosine', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'tanh', 'constant'), comm_hook=(None, 'bf16', 'fp16'),
     precision=('auto', 'bf16', 'fp16', 'fp32'))
@@ -40,10 +41,17 @@ class Recipe:
 
     dataset: str = option(
         'digits', "'digits', a dataset id on the Hub, or a folder of parquet files or images", group='images')
+    dataset_config: str | None = option(None, 'configuration of a dataset that has several')
     image_column: str | None = option(None, 'column of images; found from the features')
-    label_column: str | None = option(None, 'column of labels; found from the features')
-    train_split: str = option('train', 'split to train on')
-    validation_split: str | None = option(None, f'split to validate on; the first of {", ".join(VALIDATION_SPLITS)}')
+    label_column: str | None = option(None, 'column of labels; found from the features and names')
+    train_split: str = option('train', "split to train on, or a part of it such as 'train[:90%]'")
+    validation_split: str | None = option(
+        None, f'split to validate on, or a part of it; the first of {", ".join(VALIDATION_SPLITS)}')
+    validation_share: float | None = option(
+        None, 'share of each class in --train-split to hold out and validate on, chosen by the seed')
+    on_bad_image: str = option(
+        'stop', "what an image that can't be decoded does: 'stop' ends the run, 'skip' leaves it out, for which all "
+        'are decoded once before training')
 
     image_size: int | None = option(
         224, "pixels of the square images; None is the network's own size", group='size and augmentation')
@@ -188,6 +196,12 @@ def check_recipe(recipe: Recipe) -> None:
         parse_every(recipe.checkpoint_every)
     except ValueError:
         refuse(recipe, 'checkpoint_every', "a time such as '10min' or a number of epochs such as '5epochs'")
+    if recipe.validation_share is not None and not 0 < recipe.validation_share < 1:
+        refuse(recipe, 'validation_share', 'above 0 and below 1')
+    if recipe.validation_share is not None and recipe.validation_split is not None:
+        refuse(recipe, 'validation_split', 'left out with --validation-share')
+    if not recipe.dataset:
+        refuse(recipe, 'dataset', "'digits', a folder or a dataset id on the Hub")
     check_lists(recipe)
     check_schedule(recipe)
 

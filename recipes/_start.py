@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 from _accelerator import usable_cores
+from _classes import label_names
 from _optim import check_optimizer
 from _recipe import INFLATED, Recipe, refuse
 from _record import sha256
@@ -243,14 +244,20 @@ def inflate_into(recipe: Recipe, static: nn.Module) -> nn.Module:
     return network
 
 
-def fit_classifier(network: nn.Module, label_names: list[str]) -> str:
-    """'kept', or 'new' where the network's classes are not these; its configuration says nothing of the old ones."""
-    cfg = dict(network.pretrained_cfg)
-    theirs = cfg.pop('label_names', None)
-    for key in 'label_descriptions', 'description', 'tag':
-        cfg.pop(key, None)
-    network.pretrained_cfg = cfg
-    if network.num_classes == len(label_names) and (not theirs or list(theirs) == label_names):
-        return 'kept'
-    network.reset_classifier(len(label_names))
-    return 'new'
+def fit_classifier(network: nn.Module, names: list[str]) -> tuple[str, list[str]]:
+    """Give the network a classifier of these classes.
+
+    Args:
+        network: Of --init; its configuration then says nothing of the old classes.
+        names: Of the classes of the images.
+
+    Returns:
+        'kept' where the network has one, else 'new'; the classes in the order of its outputs.
+    """
+    theirs = label_names(network, '--init')
+    dropped = 'label_names', 'label_descriptions', 'description', 'tag'
+    network.pretrained_cfg = {name: value for name, value in network.pretrained_cfg.items() if name not in dropped}
+    if network.num_classes == len(names) and (theirs is None or set(theirs) == set(names)):
+        return 'kept', theirs or names
+    network.reset_classifier(len(names))
+    return 'new', names

@@ -19,10 +19,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import _broken
 import timm
 import torch
 from _accelerator import make_accelerator
-from _data import open_images
+from _data import open_images, refuse_bad_images
 from _distillation import check_teacher, load_teacher
 from _interruptions import Interruptions
 from _loaders import make_loaders
@@ -39,6 +40,7 @@ STEPS = 5  # of the optimizer, per model and round
 INFERENCES = 3  # of one image and of a batch, per model and round
 
 
+@refuse_bad_images()
 def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
     for name in models:
         check_names(dataclasses.replace(recipe, model=name))
@@ -47,11 +49,9 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
     device, is_main = accelerator.device, accelerator.is_main_process
     with accelerator.local_main_process_first():
         images = open_images(recipe)
-        if is_main:
-            for part in images.values():
-                part.check_decodable()
         teacher, _ = load_teacher(recipe)
     asked, recipe = recipe, complete(recipe, timm.create_model(models[0], device='meta'))
+    _broken.check(accelerator, recipe, images)
     input_size = (3, recipe.test_size, recipe.test_size)
     infer_batch = min(recipe.batch_size, len(images['validation']))
     label_names = images['train'].label_names

@@ -10,8 +10,13 @@ from _arguments import parse_evaluate
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_evaluate(sys.argv[1:], __doc__)
 
+from collections.abc import Callable
+
 from _accelerator import PROCESS_GROUP, auto_precision, usable_cores, use_all_cores
-from _data import LabelledImages, choose_split, open_dataset
+from _classes import label_names
+from _data import LabelledImages, refuse_bad_images
+from _dataset import choose_parts, open_dataset, take_parts
+from _labels import are_numbers, new_numbers
 from _loaders import Normalize, eval_transform
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import VALIDATION_SPLITS
@@ -19,16 +24,19 @@ from _record import device_name
 from _start import find_source, load_network
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from timm.data import resolve_model_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from torch import nn
 from torch.utils.data import DataLoader
 
 import fmd_timm  # noqa: F401, registers the models
 from fmd_timm.scores import ies_infer, rcs_infer
 
 
+@refuse_bad_images()
 def main(
         checkpoint: str,
         dataset: str,
+        dataset_config: str | None,
         split: str | None,
         image_column: str | None,
         label_column: str | None,
@@ -46,16 +54,13 @@ def main(
             f'--batch-size must be a multiple of the {accelerator.num_processes} processes, got {batch_size}')
     with accelerator.local_main_process_first():  # downloads once on every machine
         model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint')
-        splits = open_dataset(dataset)
-    split = choose_split(splits, dataset, split, VALIDATION_SPLITS)
+        splits = open_dataset(dataset, dataset_config)
+    split, parts = choose_parts(splits, dataset, split, VALIDATION_SPLITS)
     data_config = resolve_model_data_config(model)
     images = LabelledImages(
-        splits[split], split, f'{dataset} split {split!r}', eval_transform(data_config), image_column, label_column)
-    if len(images.label_names) > model.num_classes:
-        raise SystemExit(
-            f'{images.name} has {len(images.label_names)} classes, {checkpoint} was trained for '
-            f'{model.num_classes}'
-        )
+        take_parts(splits, parts), split, f'{dataset} split {split!r}', eval_transform(data_config), image_column,
+        label_column)
+    match_classes(images, model, f'checkpoint {checkpoint!r}', accelerator.print)
 
     loader = DataLoader(images, batch_size=batch_size, num_workers=min(num_workers, usable_cores()))
     model, loader = accelerator.prepare(model, loader)
@@ -78,6 +83,37 @@ def main(
         print(f'device: {accelerator.num_processes} x {device_name(accelerator.device)}')
         print(f'precision: {precision}')
     accelerator.end_training()
+
+
+def match_classes(images: LabelledImages, network: nn.Module, what: str, say: Callable[[str], None]) -> None:
+    """Number the images' classes as the checkpoint does: by their names, or as they are where one has none.
+
+    Args:
+        images: Those to evaluate; their classes may be some of the checkpoint's, in any order.
+        network: The checkpoint's.
+        what: What to call the checkpoint.
+        say: Prints that there are no names.
+
+    Raises:
+        SystemExit: There are classes that the checkpoint does not have.
+    """
+    names, subset = label_names(network, what), infer_imagenet_subset(network)
+    descriptions = network.pretrained_cfg.get('label_descriptions') or {}
+    known = [names, [descriptions.get(name, name) for name in names]] if names else []
+    if subset and not names:  # a checkpoint of ImageNet, whose names nobody wrote into it
+        info = ImageNetInfo(subset)
+        known = [info.label_names(), info.label_descriptions()]
+    for candidates in known:
+        if (new_numbers(images.label_names, candidates)[images.targets] >= 0).all():
+            return images.use_classes(candidates, what)
+    count, numbered = len(images.label_names), are_numbers(images.label_names)
+    if known and not numbered and (names or count < network.num_classes):
+        images.use_classes(known[0], what)  # which names those that it has not
+    if count > network.num_classes or count < network.num_classes and not numbered:
+        raise SystemExit(
+            f'{images.name} has {count} classes, {what} was trained for {network.num_classes}, whose names it does '
+            f'not have')
+    say(f'classes are matched by their numbers: the {"dataset" if numbered else "checkpoint"} has no names for them')
 
 
 def format_score(value: float | None) -> str:

@@ -18,11 +18,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import _broken
 import _checkpoints
 import _optim
 import torch
 from _accelerator import make_accelerator
-from _data import LabelledImages, open_images
+from _data import LabelledImages, open_images, refuse_bad_images
+from _dataset import dataset_name
 from _distillation import check_teacher, load_teacher
 from _loaders import make_loaders
 from _loop import train_epochs
@@ -41,6 +43,7 @@ from fmd_timm.models._pretrained import WEIGHTS_NAME
 from fmd_timm.scores import ies_infer, rcs_infer
 
 
+@refuse_bad_images()
 def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[str, Any] | None:
     """Train, and return the run record that `result.json` holds; None on the other processes than the main one."""
     # Check: everything that can be refused, the cheapest first
@@ -63,16 +66,21 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     progress['legs'].append(dict(new_leg(accelerator), epochs_done=progress['epochs_done'], step=progress['step']))
     with accelerator.local_main_process_first():
         images = open_images(recipe)
-        if is_main:
-            for part in images.values():
-                part.check_decodable()
+    unread = _broken.check(accelerator, recipe, images)
+    if is_main:
+        _broken.warn_of_images(images, recipe)
     progress['images'] = _checkpoints.check_images(checkpoint, progress['images'], images)
 
     # Build: network, batches, optimization
     set_seed(recipe.seed)
     label_names = images['train'].label_names
     if origin:
-        origin['classifier'] = fit_classifier(network, label_names)
+        has_names = bool(network.pretrained_cfg.get('label_names'))
+        origin['classifier'], label_names = fit_classifier(network, label_names)
+        for part in images.values():
+            part.use_classes(label_names, '--init')
+        if origin['classifier'] == 'kept' and not has_names:
+            accelerator.print('--init has no names for its classes: they are matched by their numbers')
         if recipe.freeze:
             _optim.freeze(network, recipe.freeze)
     else:
@@ -104,7 +112,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         model_args = {k: v for k, v in model_args.items() if k not in ('in_chans', 'global_pool')}  # always there
         record = dict(preset=preset, recipe=public(dataclasses.asdict(asked)), init=origin, teacher=teacher_origin)
         record |= dict(model_args=model_args)
-        record |= make_record(training, final, images, progress)
+        record |= dict(make_record(training, final, images, progress), unread_images=unread)
         record |= dict(training_times(record), weights_sha256=sha256(output / WEIGHTS_NAME))
         write_json(output / 'result.json', record)
         print(results_table(record))
@@ -139,7 +147,8 @@ def make_record(
     return dict(
         model=recipe.model, method=layer and layer.method,
         temperature=recipe.temperature if training.anneals and recipe.annealed_by else None,
-        dataset=Path(recipe.dataset).name if Path(recipe.dataset).is_dir() else recipe.dataset,
+        dataset=dataset_name(recipe.dataset), dataset_type=train.kind if Path(recipe.dataset).is_dir() else None,
+        dataset_config=recipe.dataset_config,
         train_split=train.split, train_images=len(train), validation_split=validation.split,
         validation_images=len(validation), num_classes=len(train.label_names), label_names=train.label_names,
         **metrics, best_top1=progress['best_top1'], best_epoch=progress['best_epoch'],

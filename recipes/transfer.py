@@ -22,7 +22,7 @@ import statistics
 from pathlib import Path
 
 import datasets
-from _data import load_digits
+from _dataset import load_digits
 from _presets import PRESETS
 from _recipe import Recipe
 from _record import circumstances, public, read_json, write_json

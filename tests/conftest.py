@@ -71,10 +71,10 @@ def fresh_accelerator(monkeypatch):
 @pytest.fixture(scope='session')
 def digits_folder(tmp_path_factory):
     """64 digits to train and 50 to validate, as a folder of parquet files."""
-    import _data
+    import _dataset
 
     folder = tmp_path_factory.mktemp('digits')
-    digits = _data.load_digits()
+    digits = _dataset.load_digits()
     digits['train'].select(range(64)).to_parquet(folder / 'train.parquet')
     digits['test'].select(range(50)).to_parquet(folder / 'test.parquet')
     return folder

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import _checkpoints
-import _data
+import _dataset
 import _optim
 import _start
 import _training
@@ -61,7 +61,7 @@ def static(tmp_path_factory):
 def letters_folder(tmp_path_factory):
     """The pictures of the digits 0, 1 and 2 under other names: 24, 12 and 4 to train, the same to validate."""
     folder = tmp_path_factory.mktemp('letters')
-    rows = _data.load_digits()['train']
+    rows = _dataset.load_digits()['train']
     labels = rows['label'][:]
     of_digit = [[i for i, label in enumerate(labels) if label == digit] for digit in range(3)]
     chosen = [*of_digit[0][:24], *of_digit[1][:12], *of_digit[2][:4]]
@@ -109,14 +109,31 @@ def test_the_classifier_of_the_same_classes_is_kept(digits_folder, checkpoint, t
             torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-8)
 
 
-def test_as_many_classes_of_other_names_get_a_new_classifier():
+def test_classes_of_other_names_get_a_new_classifier_and_those_of_other_order_are_matched():
     network = timm.create_model(tiny.NAME, num_classes=2)
     network.pretrained_cfg = dict(network.pretrained_cfg, label_names=['cat', 'dog'])
     fc = network.fc
-    assert _start.fit_classifier(network, ['dog', 'cat']) == 'new' and network.fc is not fc
+    assert _start.fit_classifier(network, ['dog', 'cat']) == ('kept', ['cat', 'dog']) and network.fc is fc
     assert 'label_names' not in network.pretrained_cfg
-    fc = network.fc
-    assert _start.fit_classifier(network, ['dog', 'cat']) == 'kept' and network.fc is fc  # whose names nobody knows
+    assert _start.fit_classifier(network, ['dog', 'cat']) == ('kept', ['dog', 'cat'])  # whose names nobody knows
+    network.pretrained_cfg = dict(network.pretrained_cfg, label_names=['cat', 'dog'])
+    assert _start.fit_classifier(network, ['dog', 'cow']) == ('new', ['dog', 'cow']) and network.fc is not fc
+
+
+def test_a_kept_classifier_gives_its_numbers_to_the_images(digits_folder, checkpoint, tmp_path):
+    """The same digits in folders, whose names come in the order of text, and the checkpoint's in another one."""
+    names = [str(i) for i in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    rows = datasets.load_dataset(str(digits_folder))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    for split in 'train', 'test':
+        columns = dict(image=rows[split]['image'], label=[names.index(str(label)) for label in rows[split]['label']])
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / 'set' / f'{split}.parquet')
+    options = dict(lr=1e-12, weight_decay=0.0)
+    found = run(make_finetune(tmp_path / 'set', checkpoint, **options), tmp_path / 'found')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    expected = run(make_finetune(digits_folder, checkpoint, **options), tmp_path / 'expected')
+    assert found['init']['classifier'] == 'kept' and found['label_names'] == expected['label_names']
+    assert found['loss'] == pytest.approx(expected['loss'])
 
 
 @pytest.mark.parametrize('temperature, expected', [(None, 3.0), (30.0, 1.0)])
@@ -393,7 +410,7 @@ def test_images_with_several_labels_are_refused(column, checkpoint, tmp_path):
         image=datasets.Image(), labels=datasets.List(datasets.ClassLabel(names=['a', 'b'])), id=datasets.Value('int64'))
     if column is None:
         del features['id']
-    image = _data.load_digits()['train'][0]['image']
+    image = _dataset.load_digits()['train'][0]['image']
     columns = {'image': [image] * 2, 'labels': [[0, 1], [1]], 'id': [0, 1]}
     rows = datasets.Dataset.from_dict({name: columns[name] for name in features}, features=features)
     for split in 'train', 'test':

@@ -9,7 +9,7 @@ import pytest
 import timm
 import tiny
 import torch
-from _data import load_digits
+from _dataset import load_digits
 from PIL import Image
 
 from fmd_timm.hub import save_for_hub

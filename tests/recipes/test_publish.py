@@ -13,7 +13,7 @@ import publish
 import pytest
 import timm
 import torch
-from _data import load_digits
+from _dataset import load_digits
 from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, Repo, empty_caches
 from inputs import make_run, save_logits
 from safetensors.torch import load_file, save_file

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import _data
+import _dataset
 import _loaders
 import _loop
 import _output
@@ -61,7 +62,7 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     assert model.pretrained_cfg['label_names'] == [str(digit) for digit in range(10)]
     assert all(m.kernel_temperature.item() == 1 for m in model.modules() if hasattr(m, 'kernel_temperature'))
     images = _data.LabelledImages(
-        _data.open_dataset(str(digits_folder))['test'], 'test', 'test',
+        _dataset.open_dataset(str(digits_folder))['test'], 'test', 'test',
         _loaders.eval_transform(timm.data.resolve_model_data_config(model)))
     normalize = _loaders.Normalize(model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
     batch, labels = torch.utils.data.default_collate([images[i] for i in range(50)])
@@ -126,7 +127,7 @@ train.main(**vars(train.parse_train(sys.argv[1:])))
 
 def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(digits_folder, tmp_path):
     """Every image has a label of its own, which the loss function sees."""
-    rows = _data.open_dataset(str(digits_folder))
+    rows = _dataset.open_dataset(str(digits_folder))
     for split, count in ('train', 64), ('test', 64):
         table = datasets.Dataset.from_dict(
             {'image': [rows['train'][i]['image'] for i in range(count)], 'label': list(range(count))},

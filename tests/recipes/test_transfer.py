@@ -3,7 +3,7 @@ import json
 import statistics
 from pathlib import Path
 
-import _data
+import _dataset
 import pytest
 import tiny
 import transfer
@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 def test_every_start_gets_the_same_seeds_and_steps_and_a_finished_run_is_kept(
         tmp_path, monkeypatch, fresh_accelerator, capsys):
-    digits = _data.load_digits()
+    digits = _dataset.load_digits()
     digits['train'], digits['test'] = digits['train'].select(range(160)), digits['test'].select(range(40))
     monkeypatch.setattr(transfer, 'load_digits', lambda: digits)
     monkeypatch.setattr(transfer, 'STATIC', tiny.STATIC)

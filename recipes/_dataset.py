@@ -1,0 +1,156 @@
+"""A Hugging Face dataset: where it is, its configuration, its splits, and which of its columns are meant."""
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+from datasets.data_files import SPLIT_KEYWORDS
+from PIL import Image
+
+SPLIT_FOLDERS = {word for words in SPLIT_KEYWORDS.values() for word in words}  # 'train', 'val', ...
+
+
+def load_digits() -> datasets.DatasetDict:
+    """scikit-learn's 1,797 real handwritten digits of 8x8 pixels (UCI), 1,437 to train and 360 to validate."""
+    from sklearn.datasets import load_digits as load_sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_sklearn_digits()
+    rows = train_test_split(np.arange(len(digits.target)), test_size=360, random_state=0, stratify=digits.target)
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=[str(digit) for digit in range(10)]))
+    return datasets.DatasetDict({
+        split: datasets.Dataset.from_dict({
+            'image': [Image.fromarray((digits.images[i] * 255 / 16).round().astype(np.uint8)) for i in indices],
+            'label': digits.target[indices].tolist(),
+        }, features=features)
+        for split, indices in zip(('train', 'test'), rows)
+    })
+
+
+def open_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
+    """`name`: 'digits', a folder of parquet files or images that `datasets` can load, or an id on the Hub.
+
+    Raises:
+        SystemExit: There is none, it can't be loaded, or it has several configurations and none is named.
+    """
+    if name == 'digits' and config is None:
+        return load_digits()
+    expected = "expected 'digits', a folder of parquet files or images, or a dataset id on the Hub"
+    try:
+        dataset = datasets.load_dataset(name, config)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        if 'gated' in str(error):
+            raise SystemExit(
+                f'dataset {name!r} is gated: ask for access on its page, https://huggingface.co/datasets/{name}, '
+                f'then log in with `hf auth login` or set HF_TOKEN'
+            ) from error
+        raise SystemExit(f'dataset {name!r} was not found, {expected}: {error}') from error
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = f'{type(error).__name__}: {error}'
+        configs = config_names(name)
+        if len(configs) > 1 and config not in configs:
+            raise SystemExit(
+                f'dataset {name!r} has several configurations: name one with --dataset-config: {", ".join(configs)}'
+            ) from error
+        raise SystemExit(f'dataset {name!r} could not be loaded, {expected}: {reason}') from error
+    check_files(name, dataset)
+    return dataset
+
+
+def check_files(name: str, dataset: datasets.DatasetDict) -> None:
+    """Refuse parquet files of a folder that number classes differently: `datasets` takes the names of the first."""
+    features = next(iter(dataset.values())).features
+    names = {column: kind.names for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    for path in sorted(Path(name).rglob('*.parquet')) if names and Path(name).is_dir() else ():
+        theirs = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
+        for column, expected in names.items():
+            found = getattr(theirs.get(column), 'names', None)
+            if found and found != expected:
+                raise SystemExit(
+                    f'dataset {name!r}: column {column!r} of {path} has the classes {shortened(found)}, of others '
+                    f'{shortened(expected)}: write them with the same ones')
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Names for an error or a warning: the first ones, and how many there are."""
+    shown = ', '.join(map(repr, names[:10]))
+    return shown if len(names) <= 10 else f'{shown} and {len(names) - 10} more'
+
+
+def config_names(name: str) -> list[str]:
+    try:
+        return datasets.get_dataset_config_names(name)
+    except Exception:  # it is asked for after an error, which is the one to be told
+        return []
+
+
+def dataset_name(name: str) -> str:
+    """What a record and a card call it: the id, or the name of the folder."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+Parts = list[tuple[str, int, int]]  # of splits: name, first row, row after the last one
+
+
+def choose_parts(
+        dataset: datasets.DatasetDict,
+        name: str,
+        split: str | None,
+        candidates: tuple[str, ...] = (),
+) -> tuple[str, Parts]:
+    """The split that was asked for, or the first of the candidates that the dataset has, and which rows it is.
+
+    Args:
+        dataset: All its splits.
+        name: What to call it in errors.
+        split: As `datasets` has it: 'train', 'train[:90%]', 'train[:100]+test'.
+        candidates: Names of splits.
+
+    Raises:
+        SystemExit: There is no such split, or nothing in it.
+    """
+    split = split or next((candidate for candidate in candidates if candidate in dataset), None)
+    has = f'it has {", ".join(dataset)}'
+    try:
+        found = datasets.ReadInstruction.from_spec(split or '').to_absolute(
+            {split: len(rows) for split, rows in dataset.items()})
+    except (ValueError, AssertionError) as error:
+        wanted = split or ' or '.join(candidates)
+        raise SystemExit(f'dataset {name!r} has no split {wanted!r}; {has}') from error
+    parts = [(part.splitname, part.from_, part.to) for part in found]
+    if not any(first < end for _, first, end in parts):
+        raise SystemExit(f'dataset {name!r} has no images in split {split!r}; {has}')
+    return split, parts
+
+
+def take_parts(dataset: datasets.DatasetDict, parts: Parts) -> datasets.Dataset:
+    return datasets.concatenate_datasets(
+        [dataset[split].select(range(first, end)) for split, first, end in parts])
+
+
+def overlap(parts: Parts, others: Parts) -> bool:
+    return any(
+        split == other and max(first, other_first) < min(end, other_end)
+        for split, first, end in parts for other, other_first, other_end in others)
+
+
+def find_image_column(rows: datasets.Dataset, name: str, asked: str | None) -> str:
+    """The column of images that was asked for, or the only one.
+
+    Raises:
+        SystemExit: There is none, or there are several.
+    """
+    found = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if asked is not None and asked not in found:
+        raise SystemExit(f'{name}: image column {asked!r} is not one of images; it has {columns_of(rows)}')
+    if not found:
+        raise SystemExit(f'{name}: found no column of images; it has {columns_of(rows)}')
+    if asked is None and len(found) > 1:
+        raise SystemExit(f'{name}: name one of its image columns with --image-column: {", ".join(found)}')
+    return asked or found[0]
+
+
+def columns_of(rows: datasets.Dataset) -> str:
+    return ', '.join(f'{name} ({type(feature).__name__})' for name, feature in rows.features.items())
