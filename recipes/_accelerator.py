@@ -21,8 +21,8 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-# How long the processes may wait for one another. The first one downloads, converts and decodes the images for all,
-# which takes hours for ImageNet; NCCL would end the others after 10 minutes.
+# How long the processes may wait for one another. The first one downloads and converts the images for all, which
+# takes hours for ImageNet; NCCL would end the others after 10 minutes.
 PROCESS_GROUP = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
 
 

@@ -67,12 +67,10 @@ class LabelledImages(torch.utils.data.Dataset):
     def labels(self) -> list[int]:
         return self.targets.tolist()
 
-    def files(self) -> set[str]:
-        """Paths of the images of a folder; of other datasets they are no more than names."""
-        if self.kind != 'imagefolder':
-            return set()
+    def files(self) -> pyarrow.ChunkedArray:
+        """The path of each image, which is a file of its own in a folder, and elsewhere no more than a name."""
         images = self.rows.with_format('arrow')[:][self.image_column]
-        return set(pyarrow.compute.struct_field(images, 'path').to_pylist())
+        return pyarrow.compute.struct_field(images, 'path')
 
     def use_classes(self, label_names: list[str], of: str) -> None:
         """Number the classes as another dataset or a checkpoint does, by their names.
@@ -201,13 +199,21 @@ def open_images(recipe: Recipe) -> dict[str, LabelledImages]:
             raise SystemExit(
                 f'--validation-split must have no image of --train-split {recipe.train_split}, got {split}')
         validation = open_part(split, others)
-        if both := sorted(train.files() & validation.files()):
-            raise SystemExit(f'{train.name} and {validation.name} have images in common: {shortened(both)}')
+        refuse_common_files(train, validation)
         validation.use_classes(join_classes(train, validation), train.name)
         train.use_classes(validation.label_names, validation.name)
     if recipe.batch_size > len(train):
         raise SystemExit(f'--batch-size must be at most the {len(train)} training images, got {recipe.batch_size}')
     return dict(train=train, validation=validation)
+
+
+def refuse_common_files(train: LabelledImages, validation: LabelledImages) -> None:
+    """Of a folder; `datasets` puts a file into two splits where its path has the names of both, val/train/1.jpg."""
+    if train.kind == 'imagefolder':
+        files = validation.files()
+        both = files.filter(pyarrow.compute.is_in(files, value_set=train.files().combine_chunks())).to_pylist()
+        if both:
+            raise SystemExit(f'{train.name} and {validation.name} have images in common: {shortened(both)}')
 
 
 def join_classes(train: LabelledImages, validation: LabelledImages) -> list[str]:
