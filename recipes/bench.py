@@ -227,7 +227,7 @@ def layer_variants(layer: dict, mode: str, batch: int, device: torch.device) -> 
         getattr(algorithm, mode)(*arguments)
 
     ordered = algorithms(mode, case)
-    others = [reference, per_kernel, im2col, per_image]
+    others = [per_kernel, im2col, per_image]
     tried = [*ordered, *(a for a in others if a not in ordered and hasattr(a, mode) and a.supports(case))]
     return dict(static=static, **{a.__name__.rpartition('.')[2]: partial(dynamic, a) for a in tried})
 

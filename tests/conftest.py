@@ -13,20 +13,20 @@ redirect_clients(os.environ, HUB.endpoint, CLIENTS_HOME.name)
 
 import pytest  # noqa: E402
 
-from fmd_timm.ops import c_conv, im2col, operator, per_image, per_kernel, reference  # noqa: E402
+from fmd_timm.ops import c_conv, im2col, operator, per_image, per_kernel  # noqa: E402
 
-ALGORITHMS = {'reference': reference, 'per_kernel': per_kernel, 'im2col': im2col, 'per_image': per_image}
+ALGORITHMS = {'per_kernel': per_kernel, 'im2col': im2col, 'per_image': per_image, 'per_image_in_groups': per_image}
 
 
-@pytest.fixture(params=ALGORITHMS.values(), ids=ALGORITHMS)
+@pytest.fixture(params=ALGORITHMS)
 def implementation(request, monkeypatch):
-    """Run the test by each algorithm of dynamic_conv2d for the CPU, wherever it supports the case."""
-    in_order = operator.algorithms
+    """Run the test by each algorithm of dynamic_conv2d in PyTorch, wherever it supports the case."""
+    in_order, algorithm = operator.algorithms, ALGORITHMS[request.param]
+    if request.param == 'per_image_in_groups':  # as on other devices than the CPU
+        monkeypatch.setattr(per_image, '_is_grouped', lambda case: True)
 
     def algorithms(question, case):
-        if request.param.supports(case) and hasattr(request.param, question):
-            return [request.param]
-        return in_order(question, case)
+        return [algorithm] if algorithm.supports(case) else in_order(question, case)
 
     monkeypatch.setattr(operator, 'algorithms', algorithms)
 

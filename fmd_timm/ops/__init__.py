@@ -1,8 +1,8 @@
 """The operator behind every dynamic convolution.
 
-`reference.py` is its definition, and each other algorithm has a file of its own. `cpu.py` and `cuda.py` say which ones
-are tried in which order, `fastest.py` takes one; other devices have the definition alone. Importing this package
-registers the operator with PyTorch.
+`reference.py` is its definition, and each algorithm has a file of its own. `cpu.py` and `cuda.py` say which ones are
+tried in which order, `fastest.py` takes one; other devices have `per_image.py` alone. Importing this package registers
+the operator with PyTorch.
 """
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from . import im2col, per_image, per_kernel, reference
+from . import im2col, per_image, per_kernel
 from .case import Case
 from .triton_checked import TritonConv
 
@@ -31,18 +31,16 @@ def algorithms(question: str, case: Case) -> list:
 
 def _in_pytorch(case: Case) -> list[ModuleType]:
     if torch.float64 in (case.dtype, case.weight_dtype):
-        return [reference]  # float64 is for checks
+        return [per_image]  # float64 is for checks
     if case.num_kernels == 1 and not case.has_tap_attn:
         return [per_kernel]  # one kernel for all images: an ordinary convolution
     if case.groups > 1:
-        return [reference, per_image]  # a depthwise one is a depthwise convolution of B * C channels
-    if case.batch == 1:
-        return [reference, per_kernel]  # the mixed kernel of the only image, and an ordinary convolution
-    if case.is_pointwise and (case.out_pixels >= POINTWISE_FROM or case.has_tap_attn):
-        return [per_image, per_kernel, reference]  # a batch of matrix products
+        return [per_image]  # a depthwise one is a depthwise convolution of B * C channels
+    if case.batch == 1 or case.is_pointwise and (case.out_pixels >= POINTWISE_FROM or case.has_tap_attn):
+        return [per_image, per_kernel]  # an ordinary convolution with the mixed kernel, a batch of matrix products
     if case.has_tap_attn:
-        return [reference, im2col]
-    return [per_kernel, reference]
+        return [per_image, im2col]
+    return [per_kernel, per_image]
 
 
 def _in_triton(question: str, case: Case, fallback: ModuleType) -> list[TritonConv]:

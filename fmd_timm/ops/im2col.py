@@ -11,7 +11,18 @@ from torch import Tensor
 
 from .cache import cache_bytes
 from .case import Attention, Case, Gradients
-from .layout import gated, kernel_attn_of, kernel_rows, patches_of, per_element, rows_are_pixels, sum_patches
+from .layout import (
+    bank_of,
+    gated,
+    kernel_rows,
+    mix,
+    part_of,
+    patches_of,
+    per_element,
+    rows_are_pixels,
+    slices,
+    sum_patches,
+)
 
 NARROWEST = 32  # output channels: narrower matrices are multiplied at half the speed
 
@@ -26,17 +37,16 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
     patches = patches_of(gated(x, attention.in_attn), case)  # (B, P, R)
     if attention.tap_attn is not None:
         patches = patches * per_element(attention.tap_attn, weight).to(x.dtype)
-    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
+    kernel_attn, bank = bank_of(weight, attention, case)  # (B, K), (K, O, R)
     y = x.new_empty((case.batch, case.out_pixels, case.out_channels) if last else (
         case.batch, case.out_channels, case.out_pixels))
     tiles, memory = _tiles(case, bank, 4 * cache_bytes(2), bank.dtype)
     for tile in tiles:
-        kernels = _mix(kernel_attn, bank[:, tile], memory).to(x.dtype)  # (B, o, R)
-        matrices = (patches, kernels.mT) if last else (kernels, patches.mT)
-        if len(tiles) == 1:
-            torch.bmm(*matrices, out=y)
+        kernels = mix(kernel_attn, bank[:, tile], memory).to(x.dtype)  # (B, o, R)
+        if last:
+            torch.bmm(patches, kernels.mT, out=y[..., tile])
         else:
-            y[(..., tile) if last else (slice(None), tile)] = torch.bmm(*matrices)
+            torch.bmm(kernels, patches.mT, out=y[:, tile])
     y = (y.mT if last else y).unflatten(2, case.output_size)
     if attention.out_attn is not None:
         y *= attention.out_attn.to(y.dtype)[:, :, None, None]
@@ -55,13 +65,13 @@ def image_gradient(
         grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor | None]:
     """Gradients of x and in_attn."""
     last = rows_are_pixels(case)
-    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
+    kernel_attn, bank = bank_of(weight, attention, case)  # (B, K), (K, O, R)
     grad_pixels = gated(grad_y, attention.out_attn).flatten(2)  # (B, O, P)
     size = case.batch, case.out_pixels, bank.shape[2]
     grad_patches = x.new_empty(size if last else (size[0], size[2], size[1]))
     tiles, memory = _tiles(case, bank, 4 * cache_bytes(2), bank.dtype)
     for tile in tiles:
-        matrices = grad_pixels[:, tile].mT, _mix(kernel_attn, bank[:, tile], memory).to(x.dtype)
+        matrices = grad_pixels[:, tile].mT, mix(kernel_attn, bank[:, tile], memory).to(x.dtype)
         if not last:
             matrices = matrices[1].mT, matrices[0].mT
         grad_patches.baddbmm_(*matrices, beta=int(tile.start > 0))
@@ -88,7 +98,7 @@ def kernel_gradient(
     if tap_attn is not None:
         weight = weight.contiguous(memory_format=torch.channels_last)  # the weights of a tap are a row of a matrix
         case = case._replace(weight_channels_last=True)
-    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
+    kernel_attn, bank = bank_of(weight, attention, case)  # (B, K), (K, O, R)
     B, K, O, dtype = case.batch, case.num_kernels, case.out_channels, weight.dtype
     out = kernel_attn.new_ones(B, O) if out_attn is None else out_attn
     tap = kernel_attn.new_ones(B, 1) if tap_attn is None else tap_attn
@@ -103,7 +113,7 @@ def kernel_gradient(
     tiles, memory = _tiles(case, bank, 10 * cache_bytes(2), grad_y.dtype)  # for each tile, all patches are read
     for tile in tiles:
         o = tile.stop - tile.start
-        G = torch.bmm(grad_pixels[:, tile], patches, out=_part_of(memory, (B, o, bank.shape[2]))).to(dtype)
+        G = torch.bmm(grad_pixels[:, tile], patches, out=part_of(memory, B, o, bank.shape[2])).to(dtype)
         rows, bank_rows = G.view(B, o * taps, -1), bank[:, tile].reshape(K, o * taps, -1)
         torch.bmm(bank_rows.transpose(0, 1), rows.permute(1, 2, 0), out=products[tile].flatten(0, 1))
         if out_attn is not None or tap_attn is not None:
@@ -120,20 +130,8 @@ def kernel_gradient(
 
 
 def _tiles(case: Case, bank: Tensor, size: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:
-    """Ranges of the output channels, and memory for one tile: to allocate it each time costs more than to mix it."""
+    """Ranges of the output channels, and memory for one tile."""
     kernel_bytes = case.batch * bank.shape[2] * bank.element_size()  # of one output channel of all images
     step = size // kernel_bytes // NARROWEST * NARROWEST
     step = min(max(step, NARROWEST), case.out_channels)
-    tiles = [slice(start, min(start + step, case.out_channels)) for start in range(0, case.out_channels, step)]
-    return tiles, bank.new_empty(case.batch * step * bank.shape[2], dtype=dtype)
-
-
-def _part_of(memory: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    return memory[:shape[0] * shape[1] * shape[2]].view(shape)
-
-
-def _mix(kernel_attn: Tensor, tile: Tensor, memory: Tensor) -> Tensor:
-    """kernel_attn (B, K), tile (K, o, R) -> mixed kernels (B, o, R) in `memory`"""
-    kernels = _part_of(memory, (len(kernel_attn), *tile.shape[1:]))
-    torch.mm(kernel_attn, tile.flatten(1), out=kernels.flatten(1))
-    return kernels
+    return slices(case.out_channels, step), bank.new_empty(case.batch * step * bank.shape[2], dtype=dtype)

@@ -3,6 +3,8 @@
 A patch is what one output pixel sees: R = I * kh * kw numbers, in the order which a row of the kernels has, that of
 channels_last where the weight is laid out so.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,15 +17,35 @@ def gated(x: Tensor, attn: Tensor | None) -> Tensor:
     return x if attn is None else x * attn.to(x.dtype)[:, :, None, None]
 
 
+def bank_of(weight: Tensor, attention: Attention, case: Case) -> tuple[Tensor, Tensor]:
+    """kernel_attn (B, K), ones where a single kernel has none, and the kernels as `kernel_rows`."""
+    kernel_attn = weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
+    return kernel_attn, kernel_rows(weight, case.num_kernels)
+
+
 def kernel_rows(weight: Tensor, num_kernels: int) -> Tensor:
     """The K kernels (K, O, R) with the R = I * taps weights of an output channel in the order they have in memory."""
     rows = weight.permute(0, 2, 3, 1) if is_channels_last(weight) else weight
     return rows.reshape(num_kernels, weight.shape[0] // num_kernels, -1)
 
 
-def kernel_attn_of(attention: Attention, weight: Tensor, case: Case) -> Tensor:
-    """kernel_attn (B, K); ones where a single kernel has none."""
-    return weight.new_ones(case.batch, 1) if attention.kernel_attn is None else attention.kernel_attn
+def mix(kernel_attn: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
+    """kernel_attn (b, K), rows of the kernels (K, o, R) -> mixed kernels (b, o, R) in `memory`
+
+    To allocate memory each time would cost more than the mixing.
+    """
+    kernels = part_of(memory, len(kernel_attn), *rows.shape[1:])
+    torch.mm(kernel_attn, rows.flatten(1), out=kernels.flatten(1))
+    return kernels
+
+
+def part_of(memory: Tensor, *shape: int) -> Tensor:
+    return memory[:math.prod(shape)].view(shape)
+
+
+def slices(count: int, step: int) -> list[slice]:
+    """Ranges of `step` numbers below `count`, the last one maybe shorter."""
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def per_element(tap_attn: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, per_image
 from .case import Attention, Case, case_of, memory_format, output_size, used_taps
 from .fastest import fastest
 
@@ -26,7 +26,7 @@ DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
 def algorithms(question: str, case: Case) -> list:
     """Those that support the case, expected fastest first; each device has its order."""
     orders = {'cpu': cpu.algorithms, 'cuda': cuda.algorithms}
-    return orders[case.device.type](question, case) if case.device.type in orders else [reference]
+    return orders[case.device.type](question, case) if case.device.type in orders else [per_image]
 
 
 def check(x: Tensor, weight: Tensor, attention: Attention, stride, padding, dilation, groups: int) -> None:

@@ -1,16 +1,21 @@
-"""Dynamic convolution as one convolution per image, each with its own mixed kernel; 1x1 kernels as a batch of products.
+"""Dynamic convolution with a mixed kernel for every image, into which all of its attention goes.
 
-Where images are large beside the kernels, a convolution of one image is as fast as its share of a batch, and all of the
-attention goes into the small kernel: images and results are not read once more for the gates. Kernels are mixed for a
-few images at a time, so that they stay in the cache.
+Where images are large beside the kernels, a convolution of one image is as fast as its share of a batch, and images and
+results are not read once more for the gates. 1x1 kernels are a batch of matrix products. Elsewhere than on the CPU, and
+where they are depthwise, images are groups of one convolution. On the CPU, kernels are mixed for a few images at a
+time, so that they stay in the cache.
 """
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import cache_bytes
 from .case import Attention, Case, Gradients, is_channels_last, memory_format
-from .layout import gated, kernel_attn_of, kernel_rows
+from .layout import bank_of, gated, kernel_rows, mix, slices
+
+Gates = dict[str, Tensor]  # factors of each image's kernel (B, g, O / g, i, kh, kw), 1 wide where they are the same
 
 
 def supports(case: Case) -> bool:
@@ -19,117 +24,121 @@ def supports(case: Case) -> bool:
 
 def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
     """The result (B, O, H', W'), as in `reference.forward`."""
-    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
-    in_gate, out_gate, tap_gate = _gates(attention, case)
+    out_attn = None
     # The channels' gates go where there are fewer numbers to multiply: into the kernels, or into the images.
-    gates_kernels = case.kernel_numel <= 2 * case.image_numel
-    gates = (in_gate, out_gate, tap_gate) if gates_kernels else (tap_gate,)
+    if case.kernel_numel > 2 * case.image_numel:
+        x, out_attn = gated(x, attention.in_attn), attention.out_attn
+        attention = attention._replace(in_attn=None, out_attn=None)
+    kernel_attn, bank = bank_of(weight, attention, case)
+    gates = _gates(attention, case)
     y = _empty(x, case.batch, case.out_channels, case.output_size)
     parts, memory = _parts(bank, case, 10 * cache_bytes(2))
     for part in parts:
-        kernels = _gate_(_mix(kernel_attn[part], bank, weight, memory), part, *gates).to(x.dtype)
-        images = x[part] if gates_kernels or in_gate is None else gated(x[part], attention.in_attn[part])
+        kernels = _mix(kernel_attn[part], bank, memory, weight, case)
+        for gate in gates.values():
+            kernels *= gate[part]
+        kernels = kernels.to(x.dtype)
         if case.is_pointwise:
-            _multiply(kernels.flatten(2), _pixels(images), out=_pixels(y[part]))
-        elif case.batch == 1:
-            y = F.conv2d(images, kernels[0], None, case.stride, case.padding, case.dilation, case.groups)
+            _multiply(kernels.reshape(len(kernels), case.out_channels, -1), _pixels(x[part]), out=_pixels(y[part]))
+        elif _is_grouped(case):
+            y = _convolve(x, kernels, case)
         else:
             for i, b in enumerate(range(part.start, part.stop)):
-                # copied at once, so that the next result takes the same memory
-                y[b:b + 1] = F.conv2d(
-                    images[i:i + 1], kernels[i], None, case.stride, case.padding, case.dilation, case.groups)
-        if out_gate is not None and not gates_kernels:
-            y[part] *= attention.out_attn[part].to(x.dtype)[:, :, None, None]
-    return y
+                y[b:b + 1] = _convolve(x[b:b + 1], kernels[i:i + 1], case)  # so that the next takes the same memory
+    return y if out_attn is None else y.mul_(out_attn.to(x.dtype)[:, :, None, None])
 
 
 def backward(
         grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
     """Gradients of x, weight and attention; None for what is None."""
-    kernel_attn, bank = kernel_attn_of(attention, weight, case), kernel_rows(weight, case.num_kernels)  # (K, O, R)
-    in_gate, out_gate, tap_gate = _gates(attention, case)
+    kernel_attn, bank = bank_of(weight, attention, case)
+    gates = _gates(attention, case)
     grad_x, grad_weight = _empty(x, *x.shape[:2], x.shape[2:]), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, case.num_kernels).flatten(1)
-    grad_kernel_attn, grad_in, grad_out, grad_taps = [], [], [], []
+    gradients = {name: [] for name, attn in attention._asdict().items() if attn is not None}
     parts, memory = _parts(bank, case, 2 * cache_bytes(2))  # each kernel has a gradient and products with it
     for part in parts:
-        mixed = _mix(kernel_attn[part], bank, weight, memory)  # (b, O, i, kh, kw)
-        kernels = _times(mixed, part, in_gate, out_gate, tap_gate).to(x.dtype)
+        factors = {name: gate[part] for name, gate in gates.items()}
+        mixed = _mix(kernel_attn[part], bank, memory, weight, case)
+        kernels = _product(mixed, factors).to(x.dtype)
         G = torch.empty_like(mixed)  # the gradient of each image's kernel, gates included
         if case.is_pointwise:
             pixels_y, pixels_x = _pixels(grad_y[part], memory_format(x)), _pixels(x[part])
-            _multiply(kernels.flatten(2).mT, pixels_y, out=_pixels(grad_x[part]))
-            G.copy_(torch.bmm(pixels_y, pixels_x.mT)[..., None, None])
+            _multiply(kernels.reshape(len(kernels), case.out_channels, -1).mT, pixels_y, out=_pixels(grad_x[part]))
+            G.copy_(torch.bmm(pixels_y, pixels_x.mT).view(G.shape))
+        elif _is_grouped(case):
+            grad_x, grad_kernels = _differentiate(grad_y, x, kernels, case)
+            G.copy_(grad_kernels)
         else:
             for i, b in enumerate(range(part.start, part.stop)):
-                grad_x[b:b + 1], G[i], _ = torch.ops.aten.convolution_backward(
-                    grad_y[b:b + 1], x[b:b + 1], kernels[i], None, case.stride, case.padding, case.dilation, False,
-                    [0, 0], case.groups, [True, True, False],
-                )
-        if in_gate is not None or out_gate is not None:
-            by_channel = _times(G * mixed, part, tap_gate).sum((3, 4), keepdim=True)
-        if in_gate is not None:
-            by_group = _times(by_channel, part, out_gate).flatten(2).unflatten(1, (case.groups, -1))
-            grad_in.append(by_group.sum(2).flatten(1))  # (b, g, O / g, i) -> (b, I)
-        if out_gate is not None:
-            grad_out.append(_times(by_channel, part, in_gate).flatten(2).sum(2))
-        if tap_gate is not None:
-            by_tap = _times(G * mixed, part, in_gate).sum(2, keepdim=True)  # (b, O, 1, kh, kw)
-            grad_taps.append(_times(by_tap, part, out_gate).sum((1, 2)).flatten(1))
-        G = _gate_(G, part, in_gate, out_gate, tap_gate)
-        rows = (G.permute(0, 1, 3, 4, 2) if is_channels_last(weight) else G).flatten(1)  # (b, N)
-        grad_kernel_attn.append(rows @ bank.flatten(1).T)
+                grad_x[b:b + 1], G[i:i + 1] = _differentiate(grad_y[b:b + 1], x[b:b + 1], kernels[i:i + 1], case)
+        if gates:
+            products = G * mixed
+            if 'tap_attn' not in gates:
+                products = products.sum((4, 5), keepdim=True)
+            for name in gates:
+                others = {other: factor for other, factor in factors.items() if other != name}
+                gradients[name].append(_product(products, others).sum_to_size(factors[name].shape).flatten(1))
+        for gate in factors.values():
+            G *= gate
+        rows = (G.permute(0, 1, 2, 4, 5, 3) if is_channels_last(weight) else G).flatten(1)  # (b, N)
+        if attention.kernel_attn is not None:
+            gradients['kernel_attn'].append(rows @ bank.flatten(1).T)
         grad_bank.addmm_(kernel_attn[part].T, rows)
-    if attention.kernel_attn is None:
-        grad_kernel_attn = []
     return grad_x, grad_weight, Attention(
-        *(torch.cat(parts) if parts else None for parts in (grad_kernel_attn, grad_in, grad_out, grad_taps)))
+        *(torch.cat(gradients[name]) if name in gradients else None for name in Attention._fields))
+
+
+def _product(kernels: Tensor, factors: Gates) -> Tensor:
+    return functools.reduce(torch.mul, factors.values(), kernels)
+
+
+def _is_grouped(case: Case) -> bool:
+    """Whether all images are convolved at once: on a CPU, many groups of many channels are slow."""
+    return case.batch == 1 or case.is_depthwise or case.device.type != 'cpu'
+
+
+def _convolve(x: Tensor, kernels: Tensor, case: Case) -> Tensor:
+    """Images (b, I, H, W), each by its kernel (b, g, O / g, i, kh, kw) -> (b, O, H', W')"""
+    y = F.conv2d(
+        _as_groups(x), kernels.flatten(0, 2), None, case.stride, case.padding, case.dilation, len(x) * case.groups)
+    return y.view(len(x), -1, *y.shape[2:])
+
+
+def _differentiate(grad_y: Tensor, x: Tensor, kernels: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+    """Gradients of images and kernels of `_convolve`."""
+    grad_x, grad_kernels, _ = torch.ops.aten.convolution_backward(
+        _as_groups(grad_y), _as_groups(x), kernels.flatten(0, 2), None, case.stride, case.padding, case.dilation, False,
+        [0, 0], len(x) * case.groups, [True, True, False])
+    return grad_x.view(x.shape), grad_kernels.view(kernels.shape)
+
+
+def _as_groups(images: Tensor) -> Tensor:
+    """(b, C, H, W) -> (1, b * C, H, W), a single one untouched: reshape may give it strides that PyTorch misreads."""
+    return images if len(images) == 1 else images.reshape(1, -1, *images.shape[2:])
 
 
 def _parts(bank: Tensor, case: Case, size: int) -> tuple[list[slice], Tensor]:
     """Ranges of the images, and memory for the mixed kernels of one: fresh memory costs more than the mixing."""
-    step = min(max(size // (case.kernel_numel * bank.element_size()), 1), case.batch)
-    parts = [slice(start, min(start + step, case.batch)) for start in range(0, case.batch, step)]
-    return parts, bank.new_empty(step, case.kernel_numel)
+    step = case.batch if _is_grouped(case) else max(size // (case.kernel_numel * bank.element_size()), 1)
+    return slices(case.batch, step), bank.new_empty(min(step, case.batch) * case.kernel_numel)
 
 
-def _mix(kernel_attn: Tensor, bank: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
-    """kernel_attn (b, K), bank (K, O, R) -> mixed kernels (b, O, i, kh, kw), with the strides of `weight`"""
-    O, (_, i, kh, kw) = bank.shape[1], weight.shape
-    rows = torch.mm(kernel_attn, bank.flatten(1), out=memory[:len(kernel_attn)])
+def _mix(kernel_attn: Tensor, bank: Tensor, memory: Tensor, weight: Tensor, case: Case) -> Tensor:
+    """kernel_attn (b, K), bank (K, O, R) -> mixed kernels (b, g, O / g, i, kh, kw), with the strides of `weight`"""
+    rows = mix(kernel_attn, bank, memory)
+    sizes = len(rows), case.groups, case.out_channels // case.groups
     if is_channels_last(weight):
-        return rows.view(-1, O, kh, kw, i).permute(0, 1, 4, 2, 3)
-    return rows.view(-1, O, i, kh, kw)
+        return rows.view(*sizes, *case.kernel_size, -1).permute(0, 1, 2, 5, 3, 4)
+    return rows.view(*sizes, -1, *case.kernel_size)
 
 
-def _gates(attention: Attention, case: Case) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The factors of each image's kernel (B, O, i, kh, kw), 1 wide where they are the same."""
-    _, in_attn, out_attn, tap_attn = attention
-    in_gate = out_gate = tap_gate = None
-    if in_attn is not None:
-        in_gate = in_attn.unflatten(1, (case.groups, -1))  # (B, g, i)
-        if case.groups > 1:
-            in_gate = in_gate.repeat_interleave(case.out_channels // case.groups, 1)
-        in_gate = in_gate[..., None, None]
-    if out_attn is not None:
-        out_gate = out_attn[..., None, None, None]
-    if tap_attn is not None:
-        tap_gate = tap_attn.unflatten(1, case.kernel_size)[:, None, None]
-    return in_gate, out_gate, tap_gate
-
-
-def _times(kernels: Tensor, part: slice, *gates: Tensor | None) -> Tensor:
-    for gate in gates:
-        if gate is not None:
-            kernels = kernels * gate[part]
-    return kernels
-
-
-def _gate_(kernels: Tensor, part: slice, *gates: Tensor | None) -> Tensor:
-    for gate in gates:
-        if gate is not None:
-            kernels *= gate[part]
-    return kernels
+def _gates(attention: Attention, case: Case) -> Gates:
+    B, g = case.batch, case.groups
+    sizes = dict(in_attn=(B, g, 1, -1, 1, 1), out_attn=(B, g, -1, 1, 1, 1), tap_attn=(B, 1, 1, 1, *case.kernel_size))
+    return {
+        name: getattr(attention, name).reshape(size) for name, size in sizes.items()
+        if getattr(attention, name) is not None}
 
 
 def _pixels(x: Tensor, format: torch.memory_format | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import per_image, reference
 from .case import Attention, Case, Gradients
 
 _logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _difference(
     """What is wrong with the result and the gradients of x and in_attn; None if nothing is."""
     # In float64, which no GPU shortens to TF32.
     exact = x.double(), weight.double(), Attention(*(t if t is None else t.double() for t in attention))
-    grad_x, _, gradients = reference.backward(grad_y.double(), *exact, case)
+    grad_x, _, gradients = per_image.backward(grad_y.double(), *exact, case)
     expected = dict(result=reference.forward(*exact, case), x=grad_x, in_attn=gradients.in_attn)
     for name, value in expected.items():
         if value is None:

@@ -44,7 +44,18 @@ def run_reference(x, weight, attention, case, grad_y=None):
     """The same by the reference, in float64."""
     grad_y = random_like(x.new_empty(case.batch, case.out_channels, *case.output_size)) if grad_y is None else grad_y
     attention = Attention(*(t if t is None else t.double() for t in attention))
-    return run(reference, x.double(), weight.double(), attention, case, grad_y.double())
+    inputs = x.double(), weight.double(), attention, case
+    grad_x, grad_weight, gradients = differentiate_reference(grad_y.double(), *inputs)
+    return dict(y=reference.forward(*inputs), x=grad_x, weight=grad_weight, **gradients._asdict())
+
+
+def differentiate_reference(grad_y, x, weight, attention, case):
+    """What `backward` of an algorithm gives, by PyTorch."""
+    leaves = [t if t is None else t.detach().requires_grad_() for t in (x, weight, *attention)]
+    y = reference.forward(*leaves[:2], Attention(*leaves[2:]), case)
+    gradients = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], grad_y))
+    grad_x, grad_weight, *others = (t if t is None else next(gradients) for t in leaves)
+    return grad_x, grad_weight, Attention(*others)
 
 
 def assert_near(found, exact, tolerance):

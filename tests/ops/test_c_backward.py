@@ -3,8 +3,9 @@ import random
 
 import pytest
 import torch
+from cases import differentiate_reference
 
-from fmd_timm.ops import c_conv, operator, reference
+from fmd_timm.ops import c_conv, operator
 from fmd_timm.ops.case import Attention, case_of
 
 SHAPES = {  # B, K, I, O, kernel, stride, padding, dilation, (H, W)
@@ -38,14 +39,14 @@ def make_call(B, K, I, O, kernel_size, stride, padding, dilation, size, gates=(T
     return grad_y, x, weight, attention, case
 
 
-def gradients(algorithm, *call) -> dict:
-    grad_x, grad_weight, of_attention = algorithm.backward(*call)
+def gradients(backward, *call) -> dict:
+    grad_x, grad_weight, of_attention = backward(*call)
     return dict(x=grad_x, weight=grad_weight, **of_attention._asdict())
 
 
 def definition(change, *tensors, attention, case) -> dict:
     attention = Attention(*(t if t is None else change(t) for t in attention))
-    return gradients(reference, *map(change, tensors), attention, case)
+    return gradients(differentiate_reference, *map(change, tensors), attention, case)
 
 
 def assert_as_defined(call):
@@ -53,7 +54,7 @@ def assert_as_defined(call):
     *tensors, attention, case = call
     expected = definition(torch.Tensor.double, *tensors, attention=attention, case=case)
     magnitudes = definition(lambda t: t.double().abs(), *tensors, attention=attention, case=case)
-    found, again = gradients(c_conv, *call), gradients(c_conv, *call)
+    found, again = gradients(c_conv.backward, *call), gradients(c_conv.backward, *call)
     for name, true in expected.items():
         if true is None:
             assert found[name] is None, name
@@ -90,21 +91,21 @@ def test_any_attention_may_be_missing(gates):
 
 def test_gradients_have_the_layout_of_their_tensors():
     call = make_call(*SHAPES['3x3'])
-    found = gradients(c_conv, *call)
+    found = gradients(c_conv.backward, *call)
     assert found['x'].stride() == call[1].stride() and found['weight'].stride() == call[2].stride()
 
 
 def test_grad_y_may_have_any_strides():
     grad_y, *others = make_call(*SHAPES['3x3'])
-    expected = gradients(c_conv, grad_y, *others)
+    expected = gradients(c_conv.backward, grad_y, *others)
     for other in grad_y.contiguous(), torch.stack([grad_y, grad_y], -1)[..., 0]:
-        assert all(torch.equal(g, expected[name]) for name, g in gradients(c_conv, other, *others).items())
+        assert all(torch.equal(g, expected[name]) for name, g in gradients(c_conv.backward, other, *others).items())
 
 
 def test_nan_stays_in_the_image_that_has_it():
     grad_y, x, weight, attention, case = make_call(*SHAPES['3x3'])
     x[1, 3, 2, 2] = torch.nan
-    found = gradients(c_conv, grad_y, x, weight, attention, case)
+    found = gradients(c_conv.backward, grad_y, x, weight, attention, case)
     for name in 'kernel_attn', 'in_attn', 'out_attn', 'tap_attn':
         has_nan = found[name].isnan().any(1)
         assert has_nan.tolist() == [False, True, False, False, False], name
@@ -128,7 +129,7 @@ def test_the_operator_differentiates_in_c(monkeypatch):
     inputs = [t.requires_grad_() for t in (x, weight, *attention)]
     y = torch.ops.fmd_timm.dynamic_conv2d(*inputs, case.stride, case.padding, case.dilation, 1)
     found = torch.autograd.grad(y, inputs, grad_y)
-    expected = gradients(reference, grad_y, x.detach(), weight.detach(), attention, case)
+    expected = gradients(differentiate_reference, grad_y, x.detach(), weight.detach(), attention, case)
     for value, (name, true) in zip(found, expected.items()):
         torch.testing.assert_close(value, true, rtol=1e-4, atol=1e-5 * true.abs().max().item(), msg=name)
     assert len(calls) == 1

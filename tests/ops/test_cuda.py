@@ -57,29 +57,29 @@ def names(question, **change):
 
 
 @pytest.mark.parametrize('change, expected', [
-    (dict(), ['per_kernel', 'reference']),
-    (dict(stride=(2, 2), image_size=(28, 28)), ['per_kernel', 'reference']),
+    (dict(), ['per_kernel', 'per_image']),
+    (dict(stride=(2, 2), image_size=(28, 28)), ['per_kernel', 'per_image']),
     (LARGE, ['per_kernel', 'triton_64', 'triton_128']),
-    (LARGEST, ['per_kernel', 'triton_64', 'reference']),
-    (dict(LARGE, dtype=torch.float32), ['per_kernel', 'triton_64', 'reference']),
-    (dict(LARGE, dtype=torch.float64), ['reference']),
-    (dict(LARGE, weight_dtype=torch.float64), ['reference']),
-    (dict(POINTWISE), ['per_image', 'per_kernel', 'reference']),
-    (dict(POINTWISE, image_size=(7, 7)), ['per_kernel', 'reference']),
+    (LARGEST, ['per_kernel', 'triton_64', 'per_image']),
+    (dict(LARGE, dtype=torch.float32), ['per_kernel', 'triton_64', 'per_image']),
+    (dict(LARGE, dtype=torch.float64), ['per_image']),
+    (dict(LARGE, weight_dtype=torch.float64), ['per_image']),
+    (dict(POINTWISE), ['per_image', 'per_kernel']),
+    (dict(POINTWISE, image_size=(7, 7)), ['per_kernel', 'per_image']),
     (dict(POINTWISE, image_size=(56, 56), stride=(2, 2)), ['per_kernel', 'triton_64', 'triton_128']),
-    (dict(has_tap_attn=True), ['reference', 'triton_64', 'triton_128']),
-    (dict(POINTWISE, image_size=(7, 7), has_tap_attn=True), ['per_image', 'reference']),
-    (dict(has_tap_attn=True, in_channels=12, out_channels=12), ['reference', 'im2col']),
+    (dict(has_tap_attn=True), ['per_image', 'triton_64', 'triton_128']),
+    (dict(POINTWISE, image_size=(7, 7), has_tap_attn=True), ['per_image']),
+    (dict(has_tap_attn=True, in_channels=12, out_channels=12), ['per_image', 'im2col']),
     (dict(num_kernels=1, **LARGE), ['per_kernel']),
-    (dict(num_kernels=1, has_tap_attn=True), ['reference', 'triton_64', 'triton_128']),
-    (dict(batch=1, **LARGE), ['reference', 'per_kernel']),
-    (dict(batch=1, has_tap_attn=True), ['reference']),
-    (dict(groups=256, **LARGE), ['reference', 'per_image']),
-    (dict(groups=2, **LARGE), ['reference', 'per_image']),
-    (dict(num_kernels=9, **LARGE), ['per_kernel', 'reference']),
-    (dict(LARGE, in_channels=255), ['per_kernel', 'reference']),
-    (dict(LARGE, out_channels=12), ['per_kernel', 'reference']),
-    (dict(image_size=(2**15, 2**15), batch=2), ['per_kernel', 'reference']),  # offsets in an image beyond 32 bits
+    (dict(num_kernels=1, has_tap_attn=True), ['per_image', 'triton_64', 'triton_128']),
+    (dict(batch=1, **LARGE), ['per_image', 'per_kernel']),
+    (dict(batch=1, has_tap_attn=True), ['per_image']),
+    (dict(groups=256, **LARGE), ['per_image']),
+    (dict(groups=2, **LARGE), ['per_image']),
+    (dict(num_kernels=9, **LARGE), ['per_kernel', 'per_image']),
+    (dict(LARGE, in_channels=255), ['per_kernel', 'per_image']),
+    (dict(LARGE, out_channels=12), ['per_kernel', 'per_image']),
+    (dict(image_size=(2**15, 2**15), batch=2), ['per_kernel', 'per_image']),  # offsets in an image beyond 32 bits
 ], ids=str)
 def test_the_order(change, expected, gpu):
     assert names('forward', **change) == expected
@@ -96,7 +96,7 @@ def test_a_tile_is_not_wider_than_what_it_makes(gpu):
 @pytest.mark.parametrize('change', [{}, LARGE, LARGEST, POINTWISE, dict(has_tap_attn=True), dict(groups=2)], ids=str)
 def test_the_first_is_always_plain_pytorch_and_there_are_at_most_three(question, change, gpu):
     algorithms = cuda.algorithms(question, PLAIN._replace(**change))
-    assert algorithms[0] in (reference, per_kernel, per_image, im2col)
+    assert algorithms[0] in (per_kernel, per_image, im2col)
     assert len(algorithms) <= 3
     assert all(hasattr(algorithm, question) for algorithm in algorithms)
 
@@ -125,12 +125,12 @@ def triton_conv(monkeypatch):
     from fmd_timm.ops import triton_conv
 
     def image_gradient(grad_y, x, weight, attention, case, channels):
-        grad_x, _, gradients = reference.backward(grad_y, x, weight, attention, case)
+        grad_x, _, gradients = per_image.backward(grad_y, x, weight, attention, case)
         return grad_x, gradients.in_attn
 
     monkeypatch.setattr(triton_conv, 'forward', lambda *arguments: reference.forward(*arguments[:-1]))
     monkeypatch.setattr(triton_conv, 'image_gradient', image_gradient)
-    monkeypatch.setattr(triton_conv, 'backward', lambda *arguments: reference.backward(*arguments[:-1]))
+    monkeypatch.setattr(triton_conv, 'backward', lambda *arguments: per_image.backward(*arguments[:-1]))
     return triton_conv
 
 

@@ -2,15 +2,29 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import pair
 from inputs import SHAPES, make_inputs, one_by_one
 from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fmd_timm import dynamic_conv2d
-from fmd_timm.ops import c_conv, im2col, operator, per_image
+from fmd_timm.ops import c_conv, im2col, operator, per_image, reference
+from fmd_timm.ops.case import Attention, case_of
 
 ARGUMENTS = 'x', 'weight', 'kernel_attn', 'in_attn', 'out_attn', 'tap_attn', 'bias'
+
+
+@pytest.mark.parametrize('tap_attn', [False, True], ids=['', 'taps'])
+@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+def test_the_definition_is_one_convolution_per_image(shape, tap_attn):
+    tensors, conv_args = make_inputs(*shape, tap_attn=tap_attn)
+    tensors['bias'] = torch.zeros_like(tensors['bias'])
+    x, weight, *attention = (tensors.get(name) for name in ARGUMENTS[:6])
+    attention = Attention(*attention)
+    pairs = (pair(conv_args[name]) for name in ('stride', 'padding', 'dilation'))
+    y = reference.forward(x, weight, attention, case_of(x, weight, attention, *pairs, conv_args['groups']))
+    torch.testing.assert_close(y, one_by_one(**tensors, **conv_args))
 
 
 @pytest.mark.parametrize('tap_attn', [False, True], ids=['', 'taps'])
@@ -85,6 +99,7 @@ PROOF = {  # as SHAPES: every kernel size, stride, dilation, groups and K, with 
     '7x7_eight_kernels': (2, 8, 3, 33, 7, 2, 3, 1, 1, (15, 14)),
     'dilation': (3, 4, 6, 10, 3, 1, 2, 2, 1, (8, 9)),
     'groups': (3, 4, 12, 8, 3, 1, 1, 1, 4, (7, 6)),
+    'groups_single_image': (1, 4, 12, 8, 3, 2, 1, 1, 4, (7, 6)),
     'depthwise': (3, 4, 11, 11, 3, 2, 1, 1, 11, (7, 6)),
     'one_kernel': (3, 1, 9, 34, 3, 1, 1, 1, 1, (7, 6)),
     'one_pixel': (40, 4, 5, 7, 3, 1, 1, 1, 1, (1, 1)),  # eight of nine taps see zeros only
