@@ -30,7 +30,7 @@ def algorithms(question: str, case: Case) -> list:
         order = [per_image, im2col, per_kernel]
     else:
         order = [im2col, per_image, per_kernel]
-    order = [algorithm for algorithm in order if hasattr(algorithm, direction) and algorithm.supports(case)]
+    order = [algorithm for algorithm in order if algorithm.supports(case)]
     if (c_conv.differentiates if direction == 'backward' else c_conv.supports)(case):
         vectors = torch.backends.cpu.get_cpu_capability()
         has_vectors = vectors == 'AVX512' or vectors == 'AVX2' and direction == 'backward'
