@@ -19,6 +19,7 @@ from torch import Tensor
 from .c_library import Backward, Call, Conv, Linear, Maps, library
 from .cache import cache_bytes
 from .case import Attention, Case, Gradients, output_size
+from .layout import attention_gradients
 
 __all__ = ['Layer', 'backward', 'differentiates', 'forward', 'is_available', 'supports', 'takes']
 
@@ -77,7 +78,7 @@ def backward(grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, ca
     conv, threads = _conv_of(case), torch.get_num_threads()
     B, K, I, O, (height, width) = case.batch, case.num_kernels, case.in_channels, case.out_channels, case.image_size
     grad_y, x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (grad_y, x, weight))
-    kernel_attn, in_attn, out_attn, tap_attn = attention
+    kernel_attn, in_attn, _, tap_attn = attention
     chunks = min(math.ceil(4 * threads / (O // O_BLOCK)), I // SQUARE)  # four pieces of work for a thread
     products = x.new_zeros(chunks, 1 if tap_attn is None else tap_attn.shape[1], B, K, O)
     grad_x, grad_weight = x.new_empty(B, height, width, I), torch.empty_like(weight)
@@ -87,17 +88,8 @@ def backward(grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, ca
     library().fmd_timm_backward(Backward(
         addressof(conv), *map(_start, (x, weight, grad_y, kernel_attn)), tuple(map(_start, attention[1:])),
         *map(_start, (grad_x, grad_weight, grad_in_attn, products, of_x, of_y)), B, threads, chunks))
-
-    products = products.sum(0)  # (taps or 1, B, K, O), of every image's kernel before out_attn and tap_attn
-    tap = products.new_ones(B, 1) if tap_attn is None else tap_attn
-    out = products.new_ones(B, O) if out_attn is None else out_attn
-    by_channel = torch.einsum('tbko,bt->bko', products, tap)
-    return grad_x.permute(0, 3, 1, 2), grad_weight, Attention(
-        torch.einsum('bko,bo->bk', by_channel, out),
-        grad_in_attn,
-        None if out_attn is None else torch.einsum('bko,bk->bo', by_channel, kernel_attn),
-        None if tap_attn is None else torch.einsum('tbko,bk,bo->bt', products, kernel_attn, out),
-    )
+    gradients = attention_gradients(products.sum(0), attention)
+    return grad_x.permute(0, 3, 1, 2), grad_weight, gradients._replace(in_attn=grad_in_attn)
 
 
 class Layer:
@@ -221,7 +213,7 @@ def _conv(
     image, result = in_channels * math.prod(image_size), out_channels * math.prod(out_size)
     if padded > max(16 * (image + result), SMALL):
         return None
-    cache = cache_bytes(2) // 4  # numbers
+    cache = cache_bytes() // 4  # numbers
     return Conv(
         in_channels, out_channels, num_kernels, kernel_size, stride, padding, dilation, image_size, out_size,
         rows, columns, padded, group=max(cache // padded, 1), chunk=cache // 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .cache import cache_bytes
 from .case import Attention, Case, Gradients
 from .layout import (
+    attention_gradients,
     bank_of,
     gated,
     kernel_rows,
@@ -40,7 +41,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
     kernel_attn, bank = bank_of(weight, attention, case)  # (B, K), (K, O, R)
     y = x.new_empty((case.batch, case.out_pixels, case.out_channels) if last else (
         case.batch, case.out_channels, case.out_pixels))
-    tiles, memory = _tiles(case, bank, 4 * cache_bytes(2), bank.dtype)
+    tiles, memory = _tiles(case, bank, 4 * cache_bytes(), bank.dtype)
     for tile in tiles:
         kernels = mix(kernel_attn, bank[:, tile], memory).to(x.dtype)  # (B, o, R)
         if last:
@@ -69,7 +70,7 @@ def image_gradient(
     grad_pixels = gated(grad_y, attention.out_attn).flatten(2)  # (B, O, P)
     size = case.batch, case.out_pixels, bank.shape[2]
     grad_patches = x.new_empty(size if last else (size[0], size[2], size[1]))
-    tiles, memory = _tiles(case, bank, 4 * cache_bytes(2), bank.dtype)
+    tiles, memory = _tiles(case, bank, 4 * cache_bytes(), bank.dtype)
     for tile in tiles:
         matrices = grad_pixels[:, tile].mT, mix(kernel_attn, bank[:, tile], memory).to(x.dtype)
         if not last:
@@ -110,7 +111,7 @@ def kernel_gradient(
     grad_weight = torch.empty_like(weight)
     grad_bank = kernel_rows(grad_weight, K)
     products = kernel_attn.new_empty(O, taps, K, B)
-    tiles, memory = _tiles(case, bank, 10 * cache_bytes(2), grad_y.dtype)  # for each tile, all patches are read
+    tiles, memory = _tiles(case, bank, 10 * cache_bytes(), grad_y.dtype)  # for each tile, all patches are read
     for tile in tiles:
         o = tile.stop - tile.start
         G = torch.bmm(grad_pixels[:, tile], patches, out=part_of(memory, B, o, bank.shape[2])).to(dtype)
@@ -119,14 +120,7 @@ def kernel_gradient(
         if out_attn is not None or tap_attn is not None:
             rows *= gates[:, tile].flatten(1)[..., None]
         torch.mm(kernel_attn.T, G.flatten(1), out=grad_bank[:, tile].flatten(1))
-
-    by_channel = torch.einsum('otkb,bt->okb', products, tap)
-    return grad_weight, Attention(
-        None if attention.kernel_attn is None else torch.einsum('okb,bo->bk', by_channel, out),
-        None,
-        None if out_attn is None else torch.einsum('okb,bk->bo', by_channel, kernel_attn),
-        None if tap_attn is None else torch.einsum('otkb,bk,bo->bt', products, kernel_attn, out),
-    )
+    return grad_weight, attention_gradients(products.permute(1, 3, 2, 0), attention)
 
 
 def _tiles(case: Case, bank: Tensor, size: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:

@@ -39,6 +39,27 @@ def mix(kernel_attn: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
     return kernels
 
 
+def attention_gradients(products: Tensor, attention: Attention) -> Attention:
+    """Gradients of the attention but in_attn, None for what is None.
+
+    Args:
+        products: (taps, B, K, O): the gradient of each image's kernel, before its factors, times each of the K kernels,
+            summed by output channel and tap; by channel alone (1, B, K, O) without tap_attn.
+        attention: The attention.
+    """
+    kernel_attn, _, out_attn, tap_attn = attention
+    _, B, K, O = products.shape
+    out = products.new_ones(B, O) if out_attn is None else out_attn
+    by_channel = products[0] if tap_attn is None else torch.einsum('tbko,bt->bko', products, tap_attn)
+    share = products.new_ones(B, K) if kernel_attn is None else kernel_attn
+    return Attention(
+        None if kernel_attn is None else torch.einsum('bko,bo->bk', by_channel, out),
+        None,
+        None if out_attn is None else torch.einsum('bko,bk->bo', by_channel, share),
+        None if tap_attn is None else torch.einsum('tbko,bk,bo->bt', products, share, out),
+    )
+
+
 def part_of(memory: Tensor, *shape: int) -> Tensor:
     return memory[:math.prod(shape)].view(shape)
 

@@ -32,7 +32,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
     kernel_attn, bank = bank_of(weight, attention, case)
     gates = _gates(attention, case)
     y = _empty(x, case.batch, case.out_channels, case.output_size)
-    parts, memory = _parts(bank, case, 10 * cache_bytes(2))
+    parts, memory = _parts(bank, case, 10 * cache_bytes())
     for part in parts:
         kernels = _mix(kernel_attn[part], bank, memory, weight, case)
         for gate in gates.values():
@@ -56,7 +56,7 @@ def backward(
     grad_x, grad_weight = _empty(x, *x.shape[:2], x.shape[2:]), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, case.num_kernels).flatten(1)
     gradients = {name: [] for name, attn in attention._asdict().items() if attn is not None}
-    parts, memory = _parts(bank, case, 2 * cache_bytes(2))  # each kernel has a gradient and products with it
+    parts, memory = _parts(bank, case, 2 * cache_bytes())  # each kernel has a gradient and products with it
     for part in parts:
         factors = {name: gate[part] for name, gate in gates.items()}
         mixed = _mix(kernel_attn[part], bank, memory, weight, case)

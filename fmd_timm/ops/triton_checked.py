@@ -7,7 +7,7 @@ import logging
 import subprocess
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partialmethod
 from types import ModuleType
 
 import torch
@@ -43,18 +43,13 @@ class TritonConv:
             and largest < 2**30  # offsets have 32 bits
         )
 
-    def forward(self, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
-        if not self.is_right(case):
-            return self.fallback.forward(x, weight, attention, case)
+    def _run(self, direction: str, *arguments) -> Tensor | Gradients:
+        if not self.is_right(arguments[-1]):
+            return getattr(self.fallback, direction)(*arguments)
         from . import triton_conv  # here, so that all else works without Triton
-        return triton_conv.forward(x, weight, attention, case, self.channels)
+        return getattr(triton_conv, direction)(*arguments, self.channels)
 
-    def backward(
-            self, grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Gradients:
-        if not self.is_right(case):
-            return self.fallback.backward(grad_y, x, weight, attention, case)
-        from . import triton_conv
-        return triton_conv.backward(grad_y, x, weight, attention, case, self.channels)
+    forward, backward = partialmethod(_run, 'forward'), partialmethod(_run, 'backward')
 
     def is_right(self, case: Case) -> bool:
         """Whether Triton gives the right numbers here; it is tried once, and a warning says if it doesn't.
@@ -68,20 +63,9 @@ class TritonConv:
             reason = _reason_against(*key)
             _right[key] = reason is None
             if reason is not None:
-                warnings.warn(f'dynamic_conv2d: {_described(*key)} runs in PyTorch: {reason}', stacklevel=2)
+                warnings.warn(
+                    f'dynamic_conv2d: {self.__name__} is not used, PyTorch is: {reason}, for {key[1]}', stacklevel=2)
         return _right[key]
-
-
-def _described(channels: int, case: Case) -> str:
-    kernel, stride, padding, dilation, image = (
-        'x'.join(map(str, pair))
-        for pair in (case.kernel_size, case.stride, case.padding, case.dilation, case.image_size))
-    factors = [name for name in ('in_attn', 'out_attn', 'tap_attn') if getattr(case, f'has_{name}')]
-    device = torch.cuda.get_device_name(case.device) if case.device.type == 'cuda' else case.device
-    return (
-        f'{case.num_kernels} kernels {kernel}, {case.in_channels} to {case.out_channels} channels, stride {stride}, '
-        f'padding {padding}, dilation {dilation}, images {image}, {case.dtype} with {case.weight_dtype} kernels, '
-        f'{", ".join(factors) or "no other factors"}, tile of {channels} channels on {device}')
 
 
 @cache

@@ -1,7 +1,8 @@
 """Dynamic convolution in Triton: each image is convolved with its own mixed kernel, which lies in memory.
 
-Everything inside is channels_last, and groups = 1. `triton_mix.py` mixes the kernels, `_conv_kernel` convolves forward
-and, for the gradient of the images, backward; the kernels' gradients are matrix products in PyTorch (`im2col.py`).
+Everything inside is channels_last, and groups = 1. A mixed kernel costs K multiplications and one store for each
+weight, which the convolution earns back where it has many output pixels. `_conv_kernel` convolves forward and, for the
+gradient of the images, backward; the kernels' gradients are matrix products in PyTorch (`im2col.py`).
 
 No atomics: programs write partial sums that are added afterwards, so a result repeats bit for bit. Proven in Triton's
 interpreter and compiled ahead of time for sm_80 to sm_120; not yet run on a GPU.
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from . import im2col
 from .case import Attention, Case, Gradients
-from .triton_mix import mix_kernels
+
+BLOCK = 1024  # weights that a program mixes; this, SAMPLES and TILES are estimates, not yet measured on a GPU
+SAMPLES = 8  # images that share one load of the K kernels
 
 
 class Tile(NamedTuple):
@@ -28,7 +31,7 @@ class Tile(NamedTuple):
 
 
 # By channels and bytes of a number. As large as registers and the 99 KiB of shared memory allow that every GPU since
-# Ampere has, which is an estimate of what is fast.
+# Ampere has.
 TILES = {
     (64, 2): Tile(64, 128, 64, 8, 4),
     (128, 2): Tile(128, 128, 32, 8, 4),
@@ -45,7 +48,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case, channel
         case.batch, case.out_channels, *case.output_size, dtype=x.dtype, device=x.device,
         memory_format=torch.channels_last)
     with torch.cuda.device_of(x):
-        kernels = mix_kernels(_prepared(weight), attention._replace(out_attn=None), case)
+        kernels = _mix_kernels(_prepared(weight), attention._replace(out_attn=None), case)
         _convolve(_prepared(x), kernels, attention.out_attn, None, y, case, channels, backward=False)
     return y
 
@@ -67,10 +70,24 @@ def image_gradient(
     grad_x = torch.empty_like(x, memory_format=torch.channels_last)
     probe = None if attention.in_attn is None else _prepared(x)
     with torch.cuda.device_of(x):
-        kernels = mix_kernels(_prepared(weight), attention._replace(in_attn=None), case)
+        kernels = _mix_kernels(_prepared(weight), attention._replace(in_attn=None), case)
         grad_in_attn = _convolve(
             _prepared(grad_y), kernels, attention.in_attn, probe, grad_x, case, channels, backward=True)
     return grad_x, grad_in_attn
+
+
+def _mix_kernels(weight: Tensor, attention: Attention, case: Case) -> Tensor:
+    """weight (K * O, I, kh, kw), channels_last -> (B, O, kh, kw, I) in the images' dtype, mixed in float32"""
+    B, K, O, I, (kh, kw) = case.batch, case.num_kernels, case.out_channels, case.in_channels, case.kernel_size
+    mixed = torch.empty(B, O, kh, kw, I, dtype=case.dtype, device=weight.device)
+    grid = (triton.cdiv(O * kh * kw * I, BLOCK) * triton.cdiv(B, SAMPLES),)
+    kernel_attn, *others = attention
+    if kernel_attn is None:
+        kernel_attn = weight.new_ones(B, 1)
+    _mix_kernel[grid](
+        weight, kernel_attn, *others, mixed, B, O, I,
+        K=K, TAPS=kh * kw, SAMPLES=SAMPLES, BLOCK=BLOCK, enable_fp_fusion=True)  # off by default since Triton 3.9
+    return mixed
 
 
 def _prepared(t: Tensor) -> Tensor:
@@ -98,6 +115,33 @@ def _convolve(src, kernels, attn, probe, dst, case: Case, channels: int, backwar
         BACKWARD=backward, BLOCK_N=tile.channels, BLOCK_M=tile.pixels, BLOCK_C=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)  # off by default since Triton 3.9
     return None if sums is None else sums.sum(1)
+
+
+@triton.jit(do_not_specialize=['B'])  # the last batch of an epoch is to compile nothing
+def _mix_kernel(
+        weight, kernel_attn, in_attn, out_attn, tap_attn, mixed, B, O, I,
+        K: tl.constexpr, TAPS: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
+):
+    size = O * TAPS * I
+    blocks = tl.cdiv(size, BLOCK)
+    e = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)  # elements of one kernel
+    o, tap, i = e // (TAPS * I), e // I % TAPS, e % I
+    inside = e < size
+    kernels = ()
+    for k in tl.static_range(K):
+        kernels += (tl.load(weight + k * size + e, mask=inside, other=0.0).to(tl.float32),)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * SAMPLES  # int64: b * size can pass 2**31
+    for b in range(first, tl.minimum(first + SAMPLES, B)):
+        total = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(K):
+            total += tl.load(kernel_attn + b * K + k).to(tl.float32) * kernels[k]
+        if in_attn is not None:
+            total *= tl.load(in_attn + b * I + i, mask=inside, other=0.0).to(tl.float32)
+        if out_attn is not None:
+            total *= tl.load(out_attn + b * O + o, mask=inside, other=0.0).to(tl.float32)
+        if tap_attn is not None:
+            total *= tl.load(tap_attn + b * TAPS + tap, mask=inside, other=0.0).to(tl.float32)
+        tl.store(mixed + b * size + e, total.to(mixed.dtype.element_ty), mask=inside)
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

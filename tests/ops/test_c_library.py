@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from fmd_timm.ops import c_library
+from fmd_timm.ops import c_library, reference
+from fmd_timm.ops.case import Attention, case_of
 
 COMPILER = shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')
 
@@ -274,6 +277,21 @@ def test_a_library_that_fails_its_test_is_not_used(source, words, machine, tmp_p
     assert way == 'slow' and words in warning and not machine.kept()
     machine.add_compiler('gcc')
     assert machine.load() == machine.load() == ('fast', '')
+
+
+def test_what_the_test_of_a_library_expects_is_of_the_definition():
+    tensors, linear = c_library._test_inputs()
+    x, weight, shift, grad_y = (torch.tensor(list(t)).double() for t in tensors)
+    x, grad_y = (t.view(2, 3, 4, 32).permute(0, 3, 1, 2) for t in (x, grad_y))
+    weight = weight.view(96, 3, 3, 32).permute(0, 3, 1, 2)
+    weights, biases = ([torch.tensor(list(t)).double() for t in each] for each in (linear[::2], linear[1::2]))
+    maps = [(weight.view(len(bias), -1), bias) for weight, bias in zip(weights, biases)]
+    features = F.linear(x.mean((2, 3)), *maps[0]).relu()
+    gates = (F.linear(features, *pair).sigmoid() for pair in maps[1:4])
+    attention = Attention(F.linear(features, *maps[4]).softmax(1), *gates)
+    y = reference.forward(x, weight, attention, case_of(x, weight, attention, (1, 1), (1, 1), (1, 1), 1))
+    expected = [(result * grad_y).sum().item() for result in (y, y + shift[:, None, None])]
+    assert c_library.EXPECTED == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize('compiler', ['cc', 'gcc', 'clang'])

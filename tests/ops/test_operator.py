@@ -112,7 +112,7 @@ PROOF = {  # as SHAPES: every kernel size, stride, dilation, groups and K, with 
 def small_blocks(monkeypatch):
     """Several tiles of output channels, and mixed kernels of one image at a time."""
     for algorithm in im2col, per_image:
-        monkeypatch.setattr(algorithm, 'cache_bytes', lambda level: 1)
+        monkeypatch.setattr(algorithm, 'cache_bytes', lambda: 1)
 
 
 @pytest.mark.parametrize('dtype, tolerance', [

@@ -75,11 +75,11 @@ def nan_filled_memory():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """That leave every size ragged, with several images a program."""
-    from fmd_timm.ops import triton_conv, triton_mix
+    from fmd_timm.ops import triton_conv
     tile = triton_conv.Tile(16, 16, 16, 4, 2)
     monkeypatch.setattr(triton_conv, 'TILES', {(64, itemsize): tile for itemsize in (2, 4)})
-    monkeypatch.setattr(triton_mix, 'BLOCK', 256)
-    monkeypatch.setattr(triton_mix, 'SAMPLES', 2)
+    monkeypatch.setattr(triton_conv, 'BLOCK', 256)
+    monkeypatch.setattr(triton_conv, 'SAMPLES', 2)
 
 
 def make_inputs(*shape, **options):

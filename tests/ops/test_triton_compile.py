@@ -15,13 +15,13 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from fmd_timm.ops import triton_conv, triton_mix  # noqa: E402
+from fmd_timm.ops import triton_conv  # noqa: E402
 from fmd_timm.ops.case import Attention, case_of  # noqa: E402
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB for one program, by compute capability
 STACK = 16  # bytes per thread: some registers once per program, before or after all loops
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
-KERNELS = (triton_conv, '_conv_kernel'), (triton_mix, '_mix_kernel')
+KERNELS = '_conv_kernel', '_mix_kernel'
 LAYERS = [(128, 128, 3, 28, 1, False)]  # input and output channels, kernel, pixels a side, stride, tap_attn
 MORE_LAYERS = [(*layer, taps) for taps in (False, True) for layer in (  # of ResNets at 224 pixels and of MobileNets
     (64, 64, 3, 56, 1), (128, 128, 3, 56, 2), (128, 128, 3, 28, 1), (256, 256, 3, 28, 2), (256, 256, 3, 14, 1),
@@ -47,8 +47,8 @@ def fresh_cache(monkeypatch, tmp_path):
 def record_launches(monkeypatch, dtype, weight_dtype, K, layers):
     """What Triton would be given in training steps of the layers, each configuration once."""
     launches, configurations = [], {}
-    for module, name in KERNELS:
-        monkeypatch.setattr(module, name, Recorder(getattr(module, name), launches))
+    for name in KERNELS:
+        monkeypatch.setattr(triton_conv, name, Recorder(getattr(triton_conv, name), launches))
     for I, O, kernel, size, stride, taps in layers:
         for channels, itemsize in triton_conv.TILES:
             if itemsize == dtype.itemsize:
@@ -135,7 +135,7 @@ def configurations():
 @pytest.mark.parametrize('capability, dtype, weight_dtype, K, layers', list(configurations()))
 def test_every_tile_compiles_without_spilling(capability, dtype, weight_dtype, K, layers, monkeypatch, tmp_path):
     launches = record_launches(monkeypatch, dtype, weight_dtype, K, layers)
-    assert {kernel.__name__ for kernel, _, _ in launches} == {name for _, name in KERNELS}
+    assert {kernel.__name__ for kernel, _, _ in launches} == {*KERNELS}
     cubin = tmp_path / 'kernel.cubin'
     for kernel, args, options in launches:
         compiled = compile_kernel(kernel, args, options, capability)
