@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
-def is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def empty_as(x: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor on the device and in the memory format of `x`, and in its dtype unless one is given."""
+    return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 class Attention(NamedTuple):
@@ -105,12 +110,8 @@ def used_taps(size: int, taps: int, stride: int, padding: int, dilation: int) ->
     pixel needs no stride, a kernel of one tap no dilation.
     """
     count = output_size(size, taps, stride, padding, dilation)
-    meeting = []
-    for tap in range(taps):
-        start = tap * dilation - padding  # the pixel under the tap for the first result
-        out = max(-(start // stride), 0)  # the first result for which it is not left of the image
-        if out < count and start + out * stride < size:
-            meeting.append(tap)
+    under = range(-padding, taps * dilation - padding, dilation)  # the pixel under each tap for the first result
+    meeting = [tap for tap, pixel in enumerate(under) if -(count - 1) * stride <= pixel < size]
     first, last = (meeting[0], meeting[-1]) if meeting else (0, taps - 1)
     cropped = padding - first * dilation
     if cropped < 0 or output_size(size, last - first + 1, stride, cropped, dilation) != count:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, cuda, per_image
-from .case import Attention, Case, case_of, memory_format, output_size, used_taps
+from .case import Attention, Case, case_of, empty_as, memory_format, output_size, used_taps
 from .fastest import fastest
 
 ARGUMENTS = (
@@ -166,8 +166,7 @@ def _(x, weight, kernel_attn, in_attn, out_attn, tap_attn, *conv_args):
 
 
 def _empty_result(x, weight, kernel_attn, conv_args) -> Tensor:
-    size = _result_size(x, weight, kernel_attn, *conv_args[:3])
-    return x.new_empty(size).contiguous(memory_format=memory_format(x))
+    return empty_as(x, *_result_size(x, weight, kernel_attn, *conv_args[:3]))
 
 
 # The gradient of an argument that is None is an empty tensor: an operator can't return None.

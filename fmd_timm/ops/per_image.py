@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import cache_bytes
-from .case import Attention, Case, Gradients, is_channels_last, memory_format
+from .case import Attention, Case, Gradients, empty_as, is_channels_last, memory_format
 from .layout import bank_of, gated, kernel_rows, mix, slices
 
 Gates = dict[str, Tensor]  # factors of each image's kernel (B, g, O / g, i, kh, kw), 1 wide where they are the same
@@ -31,7 +31,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
         attention = attention._replace(in_attn=None, out_attn=None)
     kernel_attn, bank = bank_of(weight, attention, case)
     gates = _gates(attention, case)
-    y = _empty(x, case.batch, case.out_channels, case.output_size)
+    y = empty_as(x, case.batch, case.out_channels, *case.output_size)
     parts, memory = _parts(bank, case, 10 * cache_bytes())
     for part in parts:
         kernels = _mix(kernel_attn[part], bank, memory, weight, case)
@@ -53,7 +53,7 @@ def backward(
     """Gradients of x, weight and attention; None for what is None."""
     kernel_attn, bank = bank_of(weight, attention, case)
     gates = _gates(attention, case)
-    grad_x, grad_weight = _empty(x, *x.shape[:2], x.shape[2:]), torch.zeros_like(weight)
+    grad_x, grad_weight = empty_as(x, *x.shape), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, case.num_kernels).flatten(1)
     gradients = {name: [] for name, attn in attention._asdict().items() if attn is not None}
     parts, memory = _parts(bank, case, 2 * cache_bytes())  # each kernel has a gradient and products with it
@@ -153,8 +153,3 @@ def _multiply(kernels: Tensor, pixels: Tensor, out: Tensor) -> None:
         torch.bmm(kernels, pixels, out=out)
     else:
         torch.bmm(pixels.mT, kernels.mT, out=out.mT)
-
-
-def _empty(x: Tensor, batch: int, channels: int, size: tuple[int, int]) -> Tensor:
-    return torch.empty(
-        batch, channels, *size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))

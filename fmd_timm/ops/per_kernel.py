@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .case import Attention, Case, Gradients, memory_format
+from .case import Attention, Case, Gradients, empty_as
 from .layout import gated
 
 
@@ -91,8 +91,7 @@ def _multiplied(images: Tensor, kernel_attn: Tensor | None, channel_attn: Tensor
         return gated(images, channel_attn)
     factors = _factors(kernel_attn, channel_attn).to(images.dtype)
     B, K, C = len(images), kernel_attn.shape[1], images.shape[1]
-    multiplied = torch.empty(
-        B, K * C, *images.shape[2:], dtype=images.dtype, device=images.device, memory_format=memory_format(images))
+    multiplied = empty_as(images, B, K * C, *images.shape[2:])
     torch.mul(images[:, None], factors[..., None, None], out=multiplied.unflatten(1, (K, C)))
     return multiplied
 
@@ -135,8 +134,7 @@ def _side_by_side(weight: Tensor, x: Tensor, case: Case) -> Tensor:
     """The kernels of K images side by side (O, K * I / groups, kh, kw), in the dtype of x."""
     if case.num_kernels == 1:
         return weight.to(x.dtype)
-    kernels = torch.empty(
-        case.out_channels, case.num_kernels * weight.shape[1], *case.kernel_size, dtype=x.dtype, device=x.device,
-        memory_format=memory_format(weight))
+    size = case.out_channels, case.num_kernels * weight.shape[1], *case.kernel_size
+    kernels = empty_as(weight, *size, dtype=x.dtype)
     kernels.unflatten(1, (case.num_kernels, -1)).copy_(_swapped(weight, case))
     return kernels
