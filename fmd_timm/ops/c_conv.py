@@ -95,15 +95,10 @@ def backward(grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, ca
 class Layer:
     """Attention and dynamic convolution of float32 images (B, I, H, W), with groups = 1 and more than one kernel.
 
-    Weights (out, in) and biases of the linear maps, `competes` and `gate_sizes` are those of
-    `fmd_timm.layers.attention.FoldedAttention`. Tensors must not be changed.
+    Its first arguments are those of `fmd_timm.layers.folded.FoldedAttention`, where `gates` sees as many of the first of
+    the squeezed features as it has inputs, and `kernel` of the last. Tensors must not be changed.
 
     Args:
-        squeeze: Weight and bias, or None.
-        gates: Weight and bias of the map of the first of the squeezed features, as far as the weight goes, or None.
-        kernel: Weight and bias of the map of the last of them.
-        competes: Whether there is a softmax over the kernels.
-        gate_sizes: How many of the gates are in_attn, out_attn and tap_attn.
         in_channels: I.
         weight: The kernels (K * O, I, kh, kw), which are copied to be read faster; None for the attention alone.
         shift: Added in the end (O,), or None.

@@ -24,10 +24,10 @@ def supports(case: Case) -> bool:
 
 def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
     """The result (B, O, H', W'), as in `reference.forward`."""
-    out_attn = None
+    in_attn = out_attn = None
     # The channels' gates go where there are fewer numbers to multiply: into the kernels, or into the images.
     if case.kernel_numel > 2 * case.image_numel:
-        x, out_attn = gated(x, attention.in_attn), attention.out_attn
+        in_attn, out_attn = attention.in_attn, attention.out_attn
         attention = attention._replace(in_attn=None, out_attn=None)
     kernel_attn, bank = bank_of(weight, attention, case)
     gates = _gates(attention, case)
@@ -38,14 +38,17 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
         for gate in gates.values():
             kernels *= gate[part]
         kernels = kernels.to(x.dtype)
+        images = x[part] if in_attn is None else gated(x[part], in_attn[part])
         if case.is_pointwise:
-            _multiply(kernels.reshape(len(kernels), case.out_channels, -1), _pixels(x[part]), out=_pixels(y[part]))
+            _multiply(kernels.reshape(len(kernels), case.out_channels, -1), _pixels(images), out=_pixels(y[part]))
         elif _is_grouped(case):
-            y = _convolve(x, kernels, case)
+            y = _convolve(images, kernels, case)
         else:
             for i, b in enumerate(range(part.start, part.stop)):
-                y[b:b + 1] = _convolve(x[b:b + 1], kernels[i:i + 1], case)  # so that the next takes the same memory
-    return y if out_attn is None else y.mul_(out_attn.to(x.dtype)[:, :, None, None])
+                y[b:b + 1] = _convolve(images[i:i + 1], kernels[i:i + 1], case)  # the next takes the same memory
+        if out_attn is not None:
+            y[part] *= out_attn[part].to(x.dtype)[:, :, None, None]
+    return y
 
 
 def backward(
