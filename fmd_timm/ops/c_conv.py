@@ -95,8 +95,8 @@ def backward(grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, ca
 class Layer:
     """Attention and dynamic convolution of float32 images (B, I, H, W), with groups = 1 and more than one kernel.
 
-    Its first arguments are those of `fmd_timm.layers.folded.FoldedAttention`, where `gates` sees as many of the first of
-    the squeezed features as it has inputs, and `kernel` of the last. Tensors must not be changed.
+    Its first arguments are those of `fmd_timm.layers.folded.FoldedAttention`: `gates` sees as many of the first of the
+    squeezed features as it has inputs, and `kernel` of the last. Tensors must not be changed.
 
     Args:
         in_channels: I.
