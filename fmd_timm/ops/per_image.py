@@ -40,7 +40,8 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
         kernels = kernels.to(x.dtype)
         images = x[part] if in_attn is None else gated(x[part], in_attn[part])
         if case.is_pointwise:
-            _multiply(kernels.reshape(len(kernels), case.out_channels, -1), _pixels(images), out=_pixels(y[part]))
+            kernels = kernels.reshape(len(kernels), case.out_channels, -1)
+            torch.bmm(kernels, _pixels(images), out=_pixels(y[part]))
         elif _is_grouped(case):
             y = _convolve(images, kernels, case)
         else:
@@ -67,7 +68,8 @@ def backward(
         G = torch.empty_like(mixed)  # the gradient of each image's kernel, gates included
         if case.is_pointwise:
             pixels_y, pixels_x = _pixels(grad_y[part], memory_format(x)), _pixels(x[part])
-            _multiply(kernels.reshape(len(kernels), case.out_channels, -1).mT, pixels_y, out=_pixels(grad_x[part]))
+            kernels = kernels.reshape(len(kernels), case.out_channels, -1)
+            torch.bmm(kernels.mT, pixels_y, out=_pixels(grad_x[part]))
             G.copy_(torch.bmm(pixels_y, pixels_x.mT).view(G.shape))
         elif _is_grouped(case):
             grad_x, grad_kernels = _differentiate(grad_y, x, kernels, case)
@@ -148,11 +150,3 @@ def _pixels(x: Tensor, format: torch.memory_format | None = None) -> Tensor:
     """A view (b, C, P) of images (b, C, H, W) that are laid out in their format."""
     x = x.contiguous(memory_format=format or memory_format(x))
     return x.permute(0, 2, 3, 1).flatten(1, 2).mT if is_channels_last(x) else x.flatten(2)
-
-
-def _multiply(kernels: Tensor, pixels: Tensor, out: Tensor) -> None:
-    """out (b, O, P) = kernels (b, O, I) @ pixels (b, I, P), transposed where the pixels are rows in memory"""
-    if out.is_contiguous():
-        torch.bmm(kernels, pixels, out=out)
-    else:
-        torch.bmm(pixels.mT, kernels.mT, out=out.mT)
