@@ -5,6 +5,7 @@ one are done too. What else is in that folder is left alone. Its `manifest.json`
 sha256 of every file. Reading a checkpoint runs no code from it: weights, averaged ones too, are safetensors, progress
 is JSON, and accelerate reads the states of optimizer and random generators with `weights_only`.
 """
+import contextlib
 import hashlib
 import os
 import re
@@ -161,14 +162,14 @@ def write_manifest(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
-    if path.is_dir() and os.name == 'nt':
-        return  # Windows has no such thing for folders
-    descriptor = os.open(path, os.O_RDONLY if os.name != 'nt' else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Wait until a file, or what a folder lists, is on the disk; Windows and some network disks can't for folders."""
+    is_folder = path.is_dir()
+    with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def drop_old(checkpoints: Path, progress: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 """The folder of a run: it can be written, has space, is this run's alone, and holds what the run goes on from."""
+import errno
 import os
 import shutil
 import socket
@@ -74,7 +75,9 @@ def lock(output: Path) -> IO:
             file.seek(LOCKED_BYTE)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
-        raise SystemExit(f'--output {output} is in use by {read_holder(output)}: name another folder') from error
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise SystemExit(f'--output {output} is in use by {read_holder(output)}: name another folder') from error
+        print(f'--output {output} cannot be locked ({error}): see to it that no other run writes there', flush=True)
     try:
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())

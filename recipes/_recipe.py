@@ -18,6 +18,7 @@ CHOICES = dict(
     crop=('rrc', 'pad'), interpolation=(None, 'bilinear', 'bicubic', 'random'), freeze=(None, *FREEZABLE),
     sched=('cosine', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'tanh', 'constant'), comm_hook=(None, 'bf16', 'fp16'),
     precision=('auto', 'bf16', 'fp16', 'fp32'))
+LARGEST = 3.4e38  # that is finite in float32
 # Options that change how a run is executed and not what it computes: a run may be resumed with other ones.
 EXECUTION = ('num_workers', 'tracker', 'checkpoint_every')
 
@@ -161,8 +162,6 @@ def check_recipe(recipe: Recipe) -> None:
         refuse(recipe, 'init', 'the weights to start from, or --model a network for random ones')
     if recipe.model is None and recipe.init.startswith(INFLATED):
         refuse(recipe, 'model', f'the dynamic network to grow out of {recipe.init.removeprefix(INFLATED)}')
-    if not recipe.dataset:
-        refuse(recipe, 'dataset', "'digits', a dataset id on the Hub, or a folder")
     if recipe.freeze is not None and recipe.init is None:
         refuse(recipe, 'freeze', 'left out without --init: random weights must learn')
     for name, choices in CHOICES.items():
@@ -185,13 +184,18 @@ def check_recipe(recipe: Recipe) -> None:
             refuse(recipe, name, 'above 0 and at most 1')
     for name in 'lr', 'head_lr_scale', 'temperature', 'clip_grad', 'kd_temperature', 'opt_eps', 'decay_epochs':
         value = getattr(recipe, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not 0 < value <= LARGEST:
             refuse(recipe, name, 'positive and finite')
     for name in ('weight_decay', 'mixup', 'cutmix', 'color_jitter', 'task_loss_weight', 'distill_loss_weight',
                  'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'decay_rate', 'num_workers'):
         value = getattr(recipe, name)
-        if value is not None and not 0 <= value < math.inf:
-            refuse(recipe, name, 'at least 0')
+        if value is not None and not 0 <= value <= LARGEST:
+            refuse(recipe, name, 'at least 0 and finite')
+    if not 0 <= recipe.seed < 2**31:
+        refuse(recipe, 'seed', 'at least 0 and below 2 ** 31')
+    for name in 'image_size', 'test_size':
+        if (getattr(recipe, name) or 0) > 10000:
+            refuse(recipe, name, 'at most 10000')
     try:
         parse_every(recipe.checkpoint_every)
     except ValueError:

@@ -5,12 +5,14 @@ Weights are found, pinned to the revision that is then recorded, and loaded. The
 model registered in timm whose weights are on the Hub (`resnet50.a1_in1k`, `resnet18_fmd.<tag>`). Only safetensors are
 read.
 """
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from _accelerator import usable_cores
 from _classes import label_names
 from _optim import check_optimizer
@@ -58,6 +60,22 @@ def check_augmentation(recipe: Recipe) -> None:
         transform(Image.new('RGB', (32, 32)))
     except Exception as error:  # timm's parser has no class of its own
         refuse(recipe, 'aa', f'a policy of timm, such as rand-m9-mstd0.5-inc1 or 3a ({type(error).__name__}: {error})')
+
+
+def check_pass(recipe: Recipe, network: nn.Module, images: int) -> None:
+    """Refuse one image at a time where that leaves a BatchNorm one value per channel, of which it takes no statistics.
+
+    Args:
+        recipe: Complete.
+        network: On any device; it stays as it is.
+        images: Of one process in one forward pass.
+    """
+    size = min(recipe.train_sizes())
+    try:
+        if images == 1:
+            copy.deepcopy(network).to('meta').train()(torch.empty(1, 3, size, size, device='meta'))
+    except ValueError as error:
+        refuse(recipe, 'batch_size', f'larger, so that a process has more than one image at a time ({error})')
 
 
 def complete(recipe: Recipe, network: nn.Module) -> Recipe:

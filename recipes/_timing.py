@@ -9,9 +9,11 @@ of `--image-size`. Writes `timing.json` with all rounds.
 import sys
 
 from _arguments import parse_timing
+from _interruptions import Interruptions, end_with_launcher
 
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_timing(sys.argv[1:], __doc__)
+    end_with_launcher()
 
 import dataclasses
 import itertools
@@ -25,7 +27,6 @@ import torch
 from _accelerator import make_accelerator
 from _data import open_images, refuse_bad_images
 from _distillation import check_teacher, load_teacher
-from _interruptions import Interruptions
 from _loaders import make_loaders
 from _measure import time_inference
 from _recipe import Recipe

@@ -13,9 +13,11 @@ run that fails does not end the others. The checkpoints of a finished run are re
 import sys
 
 from _arguments import parse_compare
+from _interruptions import SIGNALS, end_with_launcher
 
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_compare(sys.argv[1:], __doc__)
+    end_with_launcher()
 
 import contextlib
 import dataclasses
@@ -30,6 +32,7 @@ import _report
 import timm
 import torch
 from _accelerator import runs_on_cuda, use_all_cores
+from _output import lock
 from _recipe import Recipe
 from _record import device_name, public, versions
 from _start import check_names, first_dynamic
@@ -71,9 +74,13 @@ def run_recipe(state: PartialState, script: str, arguments: list[str]) -> bool:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=1)
             codes = gather_object([child.poll()])
-    finally:
-        child.kill()  # where another process failed, or this one is told to stop
-        child.wait()
+    finally:  # where another process failed, or this one is told to stop: training then saves where it is
+        child.terminate()
+        try:
+            child.wait(timeout=20)
+        except subprocess.TimeoutExpired:  # it waits for the process that failed
+            child.kill()
+            child.wait()
     return not any(codes)
 
 
@@ -91,15 +98,10 @@ def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Pat
             next(iter(found.values())), recipe=public(dataclasses.asdict(recipe)), device=device_name(device),
             device_count=state.num_processes, versions=versions())
         _report.check_comparable({Path('this run'): here, **found})
-    if state.is_main_process:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / '.writable').touch()
-            (output / '.writable').unlink()
-        except OSError as error:
-            raise SystemExit(f'--output {output} cannot be written: {error}') from error
+    held = lock(output) if state.is_main_process else None
     state.wait_for_everyone()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so end the child
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # and so end the child
 
     timed = found.get(output / 'timing.json', {}).get('models', [])
     if timed != models and not run_recipe(
@@ -121,6 +123,8 @@ def main(preset: str, recipe: Recipe, models: list[str], seeds: int, output: Pat
         print(_report.write(output))
     if failed:
         raise SystemExit(f'failed, and left out of the table: {", ".join(failed)}; the same command tries again')
+    if held:
+        held.close()
     state.destroy_process_group()
 
 

@@ -6,9 +6,11 @@ repository (`hf-hub:org/name`) or a model with a tag that is registered in timm 
 import sys
 
 from _arguments import parse_evaluate
+from _interruptions import end_with_launcher
 
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_evaluate(sys.argv[1:], __doc__)
+    end_with_launcher()
 
 from collections.abc import Callable
 

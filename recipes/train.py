@@ -32,9 +32,19 @@ from _measure import count_gmacs, peak_memory_mib, time_inference
 from _output import open_output
 from _recipe import EXECUTION, Recipe, check_recipe
 from _record import circumstances, hardware, new_leg, public, read_json, sha256, training_times, write_json
-from _start import check_names, complete, data_config, first_dynamic, first_network, fit_classifier, new_network
+from _start import (
+    check_names,
+    check_pass,
+    complete,
+    data_config,
+    first_dynamic,
+    first_network,
+    fit_classifier,
+    new_network,
+)
 from _training import Training, make_training
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import nn
 
 from fmd_timm.hub import save_for_hub
@@ -57,9 +67,10 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         network, origin = first_network(recipe)
         teacher, teacher_origin = load_teacher(recipe)
     asked, recipe = recipe, complete(recipe, network)
+    check_pass(recipe, network, recipe.batch_size // (accelerator.num_processes * recipe.accumulate))
     model_bytes = 4 * sum(p.numel() for p in network.parameters())
     settings = run_settings(preset, asked, origin, teacher_origin)
-    lock, checkpoint, progress = open_output(accelerator, output, resume, model_bytes, settings)
+    lock, checkpoint, progress = open_output(accelerator, output, resume, model_bytes, settings)  # until main ends
     progress = progress or dict(
         settings=settings, images=None, epochs_done=0, step=0, seconds=0.0, train_loss=None, legs=[], metrics=None,
         best_epoch=0, best_top1=-1.0)
@@ -107,18 +118,20 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     record = None
     if is_main:
         final = accelerator.unwrap_model(training.evaluated)
-        save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=config)
-        model_args = read_json(output / 'config.json').get('model_args', {})
-        model_args = {k: v for k, v in model_args.items() if k not in ('in_chans', 'global_pool')}  # always there
-        record = dict(preset=preset, recipe=public(dataclasses.asdict(asked)), init=origin, teacher=teacher_origin)
-        record |= dict(model_args=model_args)
-        record |= dict(make_record(training, final, images, progress), unread_images=unread)
-        record |= dict(training_times(record), weights_sha256=sha256(output / WEIGHTS_NAME))
-        write_json(output / 'result.json', record)
+        measured = dict(make_record(training, final, images, progress), unread_images=unread)
+        try:
+            save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=config)
+            model_args = read_json(output / 'config.json').get('model_args', {})
+            model_args = {k: v for k, v in model_args.items() if k not in ('in_chans', 'global_pool')}  # always there
+            record = dict(preset=preset, recipe=public(dataclasses.asdict(asked)), init=origin, teacher=teacher_origin)
+            record |= dict(measured, model_args=model_args, weights_sha256=sha256(output / WEIGHTS_NAME))
+            record |= training_times(record)
+            write_json(output / 'result.json', record)
+        except (OSError, SafetensorError) as error:
+            raise SystemExit(
+                f'the results could not be written to {output}, --resume auto tries again: {error}') from error
         print(results_table(record))
     accelerator.end_training()
-    if lock:
-        lock.close()
     return record
 
 

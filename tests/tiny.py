@@ -4,6 +4,7 @@ import json
 import sys
 
 import train
+from _interruptions import end_with_launcher
 from _presets import PRESETS
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock
@@ -49,4 +50,5 @@ def run(recipe, output, resume=None):
 
 
 if __name__ == '__main__':
+    end_with_launcher()
     train.main(**vars(train.parse_train(sys.argv[1:])))

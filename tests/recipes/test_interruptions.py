@@ -3,11 +3,18 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import _checkpoints
 import _interruptions
 import _loop
 import _training
+import processes
 import pytest
+import tiny
 import torch
 import train
 from accelerate.state import AcceleratorState
@@ -102,3 +109,96 @@ def test_signals_are_handled_as_before_when_training_has_ended(digits_folder, tm
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run(make_recipe(digits_folder, epochs=1), tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, 'it did not happen in time'
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    """Not as a zombie, which an orphan in a container without an init stays."""
+    stat = Path('/proc', str(pid), 'stat')
+    return stat.exists() and stat.read_text().rpartition(')')[2].split()[0] != 'Z'
+
+
+@pytest.mark.slow  # launchers in processes of their own
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
+@pytest.mark.parametrize('launcher', [
+    ['accelerate.commands.launch', '--quiet'], ['torch.distributed.run', '--nproc_per_node', '2'],
+], ids=['accelerate', 'torchrun'])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_processes_of_a_launcher_that_is_ended_save_and_end(launcher, number, digits_folder, tmp_path):
+    command = [
+        sys.executable, '-m', *launcher, tiny.__file__, 'digits', '--model', tiny.NAME, '--dataset', digits_folder,
+        '--epochs', '1000', '--batch-size', '16', '--tracker', 'none', '--checkpoint-every', '1epoch', '--output',
+        tmp_path / 'run']
+    env = dict(ENV, PYTHONWARNINGS='ignore')
+    checkpoints, pids = tmp_path / 'run' / 'checkpoints', []
+    with open(tmp_path / 'stderr', 'w') as stderr, subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True) as process:
+        try:
+            wait_for(lambda: list(checkpoints.glob('epoch_*')))
+            pids = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+            assert pids
+            # Ctrl-C reaches all processes of a terminal, the others are sent to one.
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            wait_for(lambda: not any(map(is_running, pids)), 60)
+            process.wait(60)
+        finally:
+            for pid in filter(is_running, [process.pid, *pids]):
+                os.kill(pid, signal.SIGKILL)
+    said = [line for line in (tmp_path / 'stderr').read_text().splitlines() if 'stopped after' in line]
+    assert len(said) == 1 and 'go on with --resume auto' in said[0], (tmp_path / 'stderr').read_text()[-3000:]
+    newest = Path(said[0].rpartition('saved as ')[2].rstrip(')'))
+    assert newest == max(_checkpoints.find(checkpoints).items())[1] and _checkpoints.damage(newest) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_all_processes_stop_after_the_same_step_where_one_is_told_to(number, recipe, tmp_path):
+    """Each in a process that waits for the other, as no launcher would let it."""
+    script = tmp_path / 'script.py'
+    script.write_text(f'''
+import os, sys
+from pathlib import Path
+import _training, tiny, train
+step, steps = _training.train_step, []
+def train_step(*args):
+    steps.append(1)
+    if len(steps) == 5 and os.environ['RANK'] == '1':
+        os.kill(os.getpid(), {int(number)})
+    return step(*args)
+_training.train_step = train_step
+code = 0
+try:
+    train.main(**vars(train.parse_train(sys.argv[1:])))
+except SystemExit as exit:
+    code = exit.code
+Path({str(tmp_path)!r}, 'ended' + os.environ['RANK']).write_text(f'{{code}} {{len(steps)}}')
+''')
+    done = processes.launch(
+        2, script, 'digits', '--model', tiny.NAME, '--dataset', recipe.dataset, '--batch-size', 16, '--tracker', 'none',
+        '--output', tmp_path / 'run', env=ENV)
+    assert [process.returncode for process in done] == [0, 0]
+    assert [(tmp_path / f'ended{rank}').read_text() for rank in (0, 1)] == [f'{128 + number} 6'] * 2
+    assert 'stopped after epoch 2, step 2: go on' in done[0].stderr and 'stopped' not in done[1].stderr
+
+
+def test_a_second_ctrl_c_ends_at_once_and_its_echo_from_the_launcher_does_not(tmp_path):
+    script = '''if True:
+        import os, signal, time
+        import _interruptions
+        with _interruptions.Interruptions() as interruptions:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            print(interruptions.wishes(), flush=True)
+            _interruptions.AGAIN = 0.0
+            time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            print('went on')
+    '''
+    done = processes.run('-c', script, env=ENV)
+    assert (done.returncode, done.stdout) == (130, '(0.0, 1.0, 0.0)\n'), done.stderr

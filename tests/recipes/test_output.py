@@ -1,4 +1,5 @@
 """recipes/_output.py: one run at a time writes to a folder, which has space and is one for all processes."""
+import errno
 import os
 import re
 import signal
@@ -31,6 +32,16 @@ def test_two_runs_into_one_folder_are_refused_until_the_first_has_died(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         _output.lock(tmp_path).close()
+
+
+@pytest.mark.skipif(_output.fcntl is None, reason='of fcntl')
+def test_a_disk_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(_output.fcntl, 'lockf', unsupported)
+    _output.lock(tmp_path).close()
+    assert 'cannot be locked' in capsys.readouterr().out
 
 
 def test_a_folder_that_processes_do_not_share_is_refused(tmp_path, monkeypatch):
