@@ -4,11 +4,11 @@ Every number of a card comes from the record, so a card can't state what nobody 
 """
 import json
 import math
-from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .card_template import ARTICLE, CARD, TABLE
 from .layers import METHODS
 
 __all__ = ['make_card', 'results_table']
@@ -26,127 +26,6 @@ MAY_BE_NONE = (
 )
 
 ARXIV = {layer.method: layer.arxiv for layer in METHODS.values()}
-
-TABLE = Template('''\
-| | |
-|---|---|
-| Top-1 accuracy | $top1 % |
-| Top-5 accuracy | $top5 % |
-| Cross-entropy | $loss |
-| Validation images | $validation_images |
-| Training epoch, median | $median_epoch_seconds |
-| IES, training: epoch time / top-1 as a fraction | $ies |
-| RCS, training: top-1 as a fraction / epoch time | $rcs |
-| IES, inference: time per correct image | $ies_infer |
-| RCS, inference: correct images per second | $rcs_infer |
-| Throughput, training | $train_images_per_second |
-| Throughput, inference, batch $infer_batch | $infer_images_per_second |
-| Peak memory | $peak_memory_mib |
-| Parameters | $parameters |
-| GMACs | $gmacs |
-| Hardware | $device_count x $device |
-| Precision | $precision |
-| Input (channels, height, width) | $input_size |
-| Global batch | $global_batch |
-''')
-
-CARD = Template('''
-# $name
-
-`$model`, an image classifier with $convolutions, trained on `$dataset`.
-It is a model for [timm](https://github.com/huggingface/pytorch-image-models): the package `fmd_timm` registers its
-architecture there.
-
-$table
-
-## Usage
-
-```python
-import fmd_timm  # registers the architecture with timm
-import timm
-import torch
-from PIL import Image
-
-model = timm.create_model('hf-hub:$repo', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-
-image = Image.new('$mode', ($width, $height))  # yours: Image.open('image.png').convert('$mode')
-with torch.no_grad():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
-labels = model.pretrained_cfg.get('label_names') or range(model.num_classes)
-for probability, index in zip(*probabilities.topk($topk)):
-    print(f'{labels[index]}: {probability:.1%}')
-```
-
-The same network in transformers, which also needs `import fmd_timm` first:
-
-```python
-from transformers import AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained('$repo').eval()
-with torch.no_grad():
-    logits = model(transform(image).unsqueeze(0)).logits
-```
-
-## Training
-
-```bash
-$command
-```
-
-| | |
-|---|---|
-| Architecture | `$model`, $model_args |
-| Started from | $init |
-| Dataset | `$dataset`, $num_classes classes |
-| Training split | `$train_split`, $train_images images |
-| Validation split | `$validation_split`, $validation_images images |
-| Preset | $preset |
-| Epochs | $epochs |
-| Seed | $seed |
-| Versions | $versions |
-| Code | $git_commit |
-| Finished | $finished |
-
-`result.json` is the whole record of the run, with every setting of the recipe.
-
-$differences## Limits
-
-- One run with one seed: the spread over seeds is not known from it.
-- Times, throughputs and scores compare only on the same hardware, with the same precision, resolution and batch. IES
-  and RCS of training are reciprocals of each other and don't count the epochs.
-- Accuracy was measured on `$dataset` only.
-
-## Licence and citation
-
-$licence
-
-```bibtex
-$article@misc{rw2019timm,
-  title = {{PyTorch} Image Models},
-  author = {Ross Wightman},
-  year = {2019},
-  publisher = {GitHub},
-  doi = {10.5281/zenodo.4414861},
-  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
-}
-```
-''')
-
-
-ARTICLE = '''\
-@article{zhang2025fmdconv,
-  title = {{FMDConv}: Fast Multi-Attention Dynamic Convolution via Speed-Accuracy Trade-off},
-  author = {Zhang, Tianyu and Wan, Fan and Duan, Haoran and Tong, Kevin W. and Deng, Jingjing and Long, Yang},
-  journal = {Knowledge-Based Systems},
-  volume = {317},
-  pages = {113393},
-  year = {2025},
-  doi = {10.1016/j.knosys.2025.113393},
-  eprint = {2503.17530},
-  archivePrefix = {arXiv}
-}
-'''
 
 
 def _number(value: float | None, unit: str = '') -> str:
@@ -230,6 +109,20 @@ def _differences(record: dict[str, Any]) -> str:
     return '\n'.join(['## Differences from the paper', '', *(f'- {line}' for line in lines), '', ''])
 
 
+def _legs(record: dict[str, Any]) -> str:
+    """The limit of a run that was continued on other hardware, or none."""
+    epochs = {}
+    for leg in record.get('legs', []):
+        kind = f'{leg["device_count"]} x {leg["device"]} ({leg["precision"]})'
+        epochs[kind] = epochs.get(kind, 0) + len(leg['epoch_seconds'])
+    if len(epochs) < 2:
+        return ''
+    parts = ', '.join(f'{number} epochs on {kind}' for kind, number in epochs.items())
+    times = 'are of the epochs on the hardware of the table' if record['median_epoch_seconds'] else (
+        'are missing: no epoch was trained on the hardware of the table')
+    return f'- The run was continued on other hardware: {parts}. Times and scores of training {times}.\n'
+
+
 def make_card(record: dict[str, Any], repo: str) -> ModelCard:
     """The model card of a training run.
 
@@ -246,13 +139,14 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         raise ValueError(f'the run record of {repo} has no {", ".join(missing)}')
 
     name, dataset, init = repo.rpartition('/')[2], record['dataset'], record['init']
+    dataset_type = record.get('dataset_type') or dataset  # None but of a folder
     licence = (init['license'] or 'unknown') if init else 'apache-2.0'
     method = record['method']
     channels, height, width = record['input_size']
     results = [
         EvalResult(
             task_type='image-classification',
-            dataset_type=record.get('dataset_type') or dataset,
+            dataset_type=dataset_type,
             dataset_config=record.get('dataset_config'),
             dataset_name=dataset,
             dataset_split=record['validation_split'],
@@ -267,7 +161,7 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         license=licence,
         pipeline_tag='image-classification',
         tags=['timm', 'fmd_timm', *([method.lower(), 'dynamic-convolution'] if method else [])],
-        datasets=[dataset] if '/' in dataset else None,
+        datasets=[dataset_type] if '/' in dataset_type else None,
         base_model=init['repo'] if init else None,
         metrics=['accuracy'],
         model_name=name,
@@ -287,6 +181,7 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         model_args=f'`{json.dumps(record["model_args"])}`' if record['model_args'] else 'default arguments',
         convolutions=_convolutions(method),
         differences=_differences(record),
+        legs=_legs(record),
         article=ARTICLE if method == 'FMDConv' else '',
         init=_origin(init),
         licence=_licence(licence, init),

@@ -82,8 +82,8 @@ def _public(argument: str) -> str:
     """
     prefix, rest = re.fullmatch('((?:--[^=]*=)?(?:inflated:)?(?:local-dir:)?)(.*)', argument, re.DOTALL).groups()
     path = Path(rest)
-    if path.is_absolute() or '..' in path.parts:
-        rest = path.resolve().name
+    if rest and (path.is_absolute() or '..' in path.parts or path == Path('.')):
+        rest = Path(os.path.abspath(path)).name
     return SECRET.sub('***', prefix + rest)
 
 
@@ -117,7 +117,8 @@ def training_times(record: dict[str, Any]) -> dict[str, float | None]:
     """
     legs = [leg for leg in record['legs'] if all(leg[name] == record[name] for name in HARDWARE)]
     warm = [seconds for leg in legs for seconds in leg['epoch_seconds'][1:]]
-    timed = warm or [seconds for leg in legs for seconds in leg['epoch_seconds']]
+    # an epoch that another start began, perhaps elsewhere, is of both
+    timed = warm or [seconds for leg in legs for seconds in leg['epoch_seconds'][1 if leg.get('step') else 0:]]
     if not timed:
         return dict.fromkeys(('median_epoch_seconds', 'ies', 'rcs', 'train_images_per_second'))
     seconds, accuracy = statistics.median(timed), record['top1'] / 100

@@ -1,5 +1,6 @@
 """Whether the record of a run can be true: publish.py refuses one that contradicts itself."""
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ NEEDED = (*COUNTS, *POSITIVE, *PERCENT, 'loss', 'recipe', 'legs', 'epoch_seconds
 AS_ASKED = dict(
     model='model', epochs='epochs', global_batch='batch_size', seed='seed', precision='precision', dataset='dataset')
 OPEN = None, 'auto'
+DATASET_TYPE = r'(?:[\w-]+/)?[\w.-]+'  # that the Hub takes
 
 
 def check_record(record: dict[str, Any]) -> None:
@@ -55,6 +57,9 @@ def _impossible_values(record: dict[str, Any]) -> Iterator[str]:
     seconds = record['epoch_seconds']
     if not isinstance(seconds, list) or not all(_is_number(s) and s > 0 for s in seconds):
         yield f'epoch_seconds must be positive numbers, got {seconds!r}'
+    dataset_type = record.get('dataset_type') or record['dataset']
+    if not re.fullmatch(DATASET_TYPE, str(dataset_type), re.ASCII):
+        yield f'dataset_type must be an id on the Hub or a word such as imagefolder, got {dataset_type!r}'
     if not isinstance(record['recipe'], dict):
         yield f'recipe must be an object, got {record["recipe"]!r}'
 

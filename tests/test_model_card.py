@@ -35,8 +35,34 @@ def test_metadata_survives_a_round_trip():
 
 
 def test_only_hub_ids_are_listed_as_datasets():
-    assert make_card(make_record(dataset='acme/digits'), REPO).data.datasets == ['acme/digits']
+    card = make_card(make_record(dataset='acme/digits'), REPO)
+    assert card.data.datasets == ['acme/digits']
     assert make_card(make_record(dataset='digits'), REPO).data.datasets is None
+
+
+def test_a_folder_is_an_imagefolder_by_its_name():
+    card = make_card(make_record(dataset='фото (2024)', dataset_type='imagefolder'), REPO)
+    for result in ModelCard(str(card)).data.eval_results:
+        assert (result.dataset_type, result.dataset_name) == ('imagefolder', 'фото (2024)')
+    assert card.data.datasets is None and 'trained on `фото (2024)`' in card.text
+
+
+def test_a_run_on_several_kinds_of_hardware_says_so():
+    legs = make_record()['legs']
+    assert 'other hardware' not in make_card(make_record(legs=2 * legs), REPO).text
+    legs += [dict(legs[0], device_count=1, epoch_seconds=[1.0, 1.0])]
+    line = (
+        '- The run was continued on other hardware: 3 epochs on 2 x NVIDIA H200 (bf16), 2 epochs on 1 x NVIDIA H200 '
+        '(bf16). Times and scores of training are of the epochs on the hardware of the table.')
+    assert line in make_card(make_record(legs=legs), REPO).text.splitlines()
+    untimed = dict.fromkeys(('median_epoch_seconds', 'ies', 'rcs', 'train_images_per_second'))
+    assert 'are missing: no epoch was' in make_card(make_record(legs=legs, **untimed), REPO).text
+
+
+def test_the_card_says_how_to_install_the_package_and_where_the_paper_is():
+    text = make_card(make_record(), REPO).text
+    assert text.index('pip install fmd-timm\n') < text.index('import fmd_timm')
+    assert 'https://pypi.org/project/fmd-timm/' in text and 'https://arxiv.org/abs/2503.17530' in text
 
 
 @pytest.mark.parametrize('row', [

@@ -78,6 +78,12 @@ def test_settings_are_published_likewise(tmp_path):
     assert _record.public(settings) == dict(dataset='patients', model='***', lr=0.1, init=None, scale=[0.1, 1.0])
 
 
+def test_the_current_folder_is_published_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / 'my flowers').mkdir()
+    monkeypatch.chdir(tmp_path / 'my flowers')
+    assert _record.public(dict(dataset='.')) == dict(dataset='my flowers')
+
+
 def test_times_are_of_the_hardware_that_the_record_names(fresh_accelerator):
     here = _record.hardware(Accelerator(cpu=True))
     elsewhere = dict(here, device_count=8)
@@ -89,5 +95,7 @@ def test_times_are_of_the_hardware_that_the_record_names(fresh_accelerator):
         median_epoch_seconds=3.0, ies=6.0, rcs=0.5 / 3, train_images_per_second=80 / 3.0)
     only_first = dict(record, legs=[dict(here, epoch_seconds=[9.0]), dict(elsewhere, epoch_seconds=[1.0, 1.0])])
     assert _record.training_times(only_first)['median_epoch_seconds'] == 9.0
+    begun_elsewhere = dict(record, legs=[dict(elsewhere, epoch_seconds=[]), dict(here, step=3, epoch_seconds=[5.0])])
+    assert _record.training_times(begun_elsewhere)['median_epoch_seconds'] is None
     finished_here = dict(record, legs=[dict(elsewhere, epoch_seconds=[1.0]), dict(here, epoch_seconds=[])])
     assert set(_record.training_times(finished_here).values()) == {None}

@@ -42,6 +42,7 @@ def test_what_training_leaves_is_consistent():
     (dict(seed=8), 'seed is 8, and 7 in its recipe'),
     (dict(dataset='flowers'), "dataset is 'flowers', and 'digits' in its recipe"),
     (dict(recipe=dict(precision='fp16')), "precision is 'bf16', and 'fp16' in its recipe"),
+    (dict(dataset_type='my flowers'), "dataset_type must be an id on the Hub .* got 'my flowers'"),
     (dict(recipe=[]), 'recipe must be an object'),
 ])
 def test_what_cannot_be_true_is_said(changes, message):

@@ -1,0 +1,126 @@
+"""The text of a model card; `model_card.py` fills it in from a run record."""
+from string import Template
+
+TABLE = Template('''\
+| | |
+|---|---|
+| Top-1 accuracy | $top1 % |
+| Top-5 accuracy | $top5 % |
+| Cross-entropy | $loss |
+| Validation images | $validation_images |
+| Training epoch, median | $median_epoch_seconds |
+| IES, training: epoch time / top-1 as a fraction | $ies |
+| RCS, training: top-1 as a fraction / epoch time | $rcs |
+| IES, inference: time per correct image | $ies_infer |
+| RCS, inference: correct images per second | $rcs_infer |
+| Throughput, training | $train_images_per_second |
+| Throughput, inference, batch $infer_batch | $infer_images_per_second |
+| Peak memory | $peak_memory_mib |
+| Parameters | $parameters |
+| GMACs | $gmacs |
+| Hardware | $device_count x $device |
+| Precision | $precision |
+| Input (channels, height, width) | $input_size |
+| Global batch | $global_batch |
+''')
+
+CARD = Template('''
+# $name
+
+`$model`, an image classifier with $convolutions, trained on `$dataset`.
+It is a model for [timm](https://github.com/huggingface/pytorch-image-models): the package
+[fmd-timm](https://pypi.org/project/fmd-timm/) registers its architecture there.
+
+$table
+
+## Usage
+
+```bash
+pip install fmd-timm
+```
+
+```python
+import fmd_timm  # registers the architecture with timm
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model('hf-hub:$repo', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+
+image = Image.new('$mode', ($width, $height))  # yours: Image.open('image.png').convert('$mode')
+with torch.no_grad():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
+labels = model.pretrained_cfg.get('label_names') or range(model.num_classes)
+for probability, index in zip(*probabilities.topk($topk)):
+    print(f'{labels[index]}: {probability:.1%}')
+```
+
+The same network in transformers, which also needs `import fmd_timm` first:
+
+```python
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained('$repo').eval()
+with torch.no_grad():
+    logits = model(transform(image).unsqueeze(0)).logits
+```
+
+## Training
+
+```bash
+$command
+```
+
+| | |
+|---|---|
+| Architecture | `$model`, $model_args |
+| Started from | $init |
+| Dataset | `$dataset`, $num_classes classes |
+| Training split | `$train_split`, $train_images images |
+| Validation split | `$validation_split`, $validation_images images |
+| Preset | $preset |
+| Epochs | $epochs |
+| Seed | $seed |
+| Versions | $versions |
+| Code | $git_commit |
+| Finished | $finished |
+
+`result.json` is the whole record of the run, with every setting of the recipe.
+
+$differences## Limits
+
+- One run with one seed: the spread over seeds is not known from it.
+- Times, throughputs and scores compare only on the same hardware, with the same precision, resolution and batch. IES
+  and RCS of training are reciprocals of each other and don't count the epochs.
+- Accuracy was measured on `$dataset` only.
+$legs
+## Licence and citation
+
+$licence
+
+```bibtex
+$article@misc{rw2019timm,
+  title = {{PyTorch} Image Models},
+  author = {Ross Wightman},
+  year = {2019},
+  publisher = {GitHub},
+  doi = {10.5281/zenodo.4414861},
+  howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
+}
+```
+''')
+
+ARTICLE = '''\
+@article{zhang2025fmdconv,
+  title = {{FMDConv}: Fast Multi-Attention Dynamic Convolution via Speed-Accuracy Trade-off},
+  author = {Zhang, Tianyu and Wan, Fan and Duan, Haoran and Tong, Kevin W. and Deng, Jingjing and Long, Yang},
+  journal = {Knowledge-Based Systems},
+  volume = {317},
+  pages = {113393},
+  year = {2025},
+  doi = {10.1016/j.knosys.2025.113393},
+  eprint = {2503.17530},
+  archivePrefix = {arXiv}
+}
+'''
