@@ -103,8 +103,7 @@ def inflate_state_dict(
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """For timm's loader: the checkpoint of a static network is inflated, that of a dynamic one is passed on."""
-    convs = _dynamic_convs(model)
-    if not convs or any(key.startswith(f'{name}.attention.') for name in convs for key in state_dict):
+    if not is_static(state_dict, model):
         return state_dict
     cfg = model.pretrained_cfg
     source = 'a state_dict' if cfg.get('state_dict') else cfg.get('file') or cfg.get('hf_hub_id')
@@ -114,6 +113,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
         f'the network computes what the static one does until it is fine-tuned.'
     )
     return inflate_state_dict(state_dict, model)
+
+
+def is_static(state_dict: dict[str, Tensor], model: nn.Module, prefix: str = '') -> bool:
+    """Whether the weights have none of the attention of a dynamic network, whose keys in them begin with `prefix`."""
+    convs = [f'{prefix}{name}.' for name in _dynamic_convs(model)]
+    has_kernels = any(f'{conv}weight' in state_dict for conv in convs)
+    return has_kernels and not any(key.startswith(f'{conv}attention.') for conv in convs for key in state_dict)
 
 
 def _check_noise(noise: float) -> None:

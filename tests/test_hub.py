@@ -47,6 +47,68 @@ def test_timm_and_transformers_load_the_same_network(kwargs, tmp_path):
     assert wrapped.config.id2label == dict(enumerate(labels))
 
 
+def inflated():
+    return fmd_timm.inflate(timm.create_model('regnety_002', num_classes=7), num_kernels=2, reduction=1 / 8)
+
+
+def made_dynamic_twice():
+    model = timm.create_model('convnext_atto', num_classes=7)
+    fmd_timm.make_dynamic(model, filter_fn=lambda name, conv: 'stages.3' in name and conv.groups == 1)
+    fmd_timm.make_dynamic(model, fmd_timm.ODConv2d, lambda name, conv: 'stages.2' in name and conv.groups > 1)
+    return model
+
+
+def more_dynamic():
+    model = timm.create_model('resnet18_fmd_cifar', num_kernels=2, **SMALL)
+    fmd_timm.make_dynamic(model, fmd_timm.CondConv2d, lambda name, conv: 'downsample' in name)
+    return model
+
+
+@pytest.mark.parametrize('make', [inflated, made_dynamic_twice, more_dynamic])
+def test_a_network_that_was_made_dynamic_loads_like_any_other(make, tmp_path):
+    model = make().eval()
+    save_for_hub(model, tmp_path)
+    before = json.loads((tmp_path / 'config.json').read_text())
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    wrapped = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert_equal_weights(loaded, model)
+    assert_equal_weights(wrapped.timm_model, model)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3)(images).shape == (2, 3)
+    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True, out_indices=(-1,))
+    assert features(images)[0].shape[1] == model.num_features
+    save_for_hub(loaded, tmp_path)
+    assert json.loads((tmp_path / 'config.json').read_text()) == before
+
+
+def test_a_dynamic_cnn_is_that_of_make_dynamic_by_default():
+    model = timm.create_model('dynamic_cnn', static='mobilenetv3_small_100', num_classes=5)
+    static = timm.create_model('mobilenetv3_small_100', num_classes=5)
+    names = fmd_timm.make_dynamic(static)
+    assert {name for name, m in model.named_modules() if isinstance(m, fmd_timm.FMDConv2d)} == set(names)
+    assert model.pretrained_cfg['classifier'] == 'classifier' and not model.pretrained_cfg['hf_hub_id']
+    with pytest.raises(RuntimeError, match='dynamic_cnn has no published weights'):
+        timm.create_model('dynamic_cnn', pretrained=True)
+
+
+def without_a_stage():
+    model = make_model(**SMALL)
+    model.layer4 = torch.nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: fmd_timm.prepare_for_inference(make_model(**SMALL)), 'prepared for inference can not be loaded'),
+    (without_a_stage, r'which could not be loaded: layer4\.0\.conv1\.weight is missing, expected \(256, 32, 3, 3\)'),
+])
+def test_what_could_not_be_loaded_is_not_written(make, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        save_for_hub(make(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_channels_last_models_are_saved(tmp_path):
     model = make_model(**SMALL).to(memory_format=torch.channels_last)
     save_for_hub(model, tmp_path)

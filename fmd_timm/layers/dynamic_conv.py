@@ -97,7 +97,8 @@ class DynamicConv2d(nn.Module):
         self.padding = _explicit_padding(padding, self.kernel_size, self.stride, self.dilation)
         self.groups = groups
         self.num_kernels = num_kernels
-        self.tf_same_padding = False  # set by `like`
+        self.tf_same_padding = False  # set by `like`, as is the next
+        self.like_args = {}  # by which it was made of a static one, without its place
 
         depthwise = groups == in_channels == out_channels
         self.weight = nn.Parameter(
@@ -130,6 +131,7 @@ class DynamicConv2d(nn.Module):
         )
         dynamic = cls(**dict(args, **kwargs))
         dynamic.tf_same_padding = isinstance(conv, Conv2dSame) and 'padding' not in kwargs
+        dynamic.like_args = {name: value for name, value in kwargs.items() if name not in ('device', 'dtype')}
         return dynamic
 
     def reset_parameters(self) -> None:

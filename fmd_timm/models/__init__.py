@@ -1,3 +1,4 @@
 from .cifar_resnet import *
+from .dynamic_cnn import *
 from .dynamic_mobilenetv3 import *
 from .dynamic_resnet import *

@@ -26,7 +26,7 @@ from timm.models import (
 )
 
 from ..hub_errors import explain
-from ..inflate import checkpoint_filter_fn
+from ..inflate import checkpoint_filter_fn, is_static
 
 __all__ = ['HUB_CARDS', 'MODULES', 'WEIGHTS_NAME', 'build_model', 'inflated_cfgs', 'with_published_tags']
 
@@ -117,7 +117,7 @@ def build_model(
         pretrained_cfg = 'untrained'
         overlay = {'tag': None, **overlay}
     try:
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             model_cls,
             variant,
             pretrained,
@@ -131,6 +131,17 @@ def build_model(
             raise
         source = f'the Hub repository {cfg.hf_hub_id}' if _is_on_hub(cfg) else cfg.file or cfg.url
         raise RuntimeError(f'the weights of {variant} could not be loaded from {source}: {explain(error)}') from error
+    model.register_load_state_dict_pre_hook(_refuse_static)
+    return model
+
+
+def _refuse_static(model, state_dict, prefix, local_metadata, strict, *_) -> None:
+    """Say what to do with the weights of a static network, in place of hundreds of missing keys."""
+    if strict and is_static(state_dict, model, prefix):
+        raise RuntimeError(
+            'these are the weights of a static network: load them with pretrained=True and '
+            'pretrained_cfg_overlay=dict(file=...), or with fmd_timm.inflate_state_dict(state_dict, model), either of '
+            'which inflates them')
 
 
 def _is_on_hub(cfg: PretrainedCfg) -> bool:

@@ -1,4 +1,5 @@
 """Weights by `pretrained=True`: one download, errors that name their source, records that are left out."""
+import copy
 import logging
 import os
 import shutil
@@ -62,6 +63,22 @@ def test_a_missing_file_is_named():
     with pytest.raises(RuntimeError, match=message):
         timm.create_model('resnet18_fmd', pretrained=True, pretrained_cfg_overlay=dict(
             file='missing.safetensors'), **NARROW)
+
+
+def test_static_weights_that_are_not_inflated_are_refused_with_a_sentence(tmp_path):
+    static = timm.create_model('resnet18', **NARROW)
+    path = tmp_path / 'static.safetensors'
+    path.write_bytes(save(static.state_dict()))
+    with pytest.raises(RuntimeError, match='weights of a static network: load them with pretrained=True'):
+        timm.create_model('resnet18_fmd', checkpoint_path=str(path), **NARROW)
+    model = timm.create_model(
+        'resnet18_fmd', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **NARROW)
+    copied = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match='weights of a static network'):
+        copied.load_state_dict(static.state_dict())
+    copied.load_state_dict(model.state_dict())
+    path.write_bytes(save(model.state_dict()))
+    timm.create_model('resnet18_fmd', checkpoint_path=str(path), **NARROW)
 
 
 def test_models_are_listed_for_errors_only(monkeypatch):
