@@ -167,11 +167,16 @@ def check_recipe(recipe: Recipe) -> None:
     for name, choices in CHOICES.items():
         if getattr(recipe, name) not in choices:
             refuse(recipe, name, f'one of {", ".join(filter(None, choices))}')
-    for name in 'image_size', 'test_size', 'aug_repeats', 'epochs', 'batch_size', 'accumulate':
+    if not recipe.dataset:
+        refuse(recipe, 'dataset', "'digits', a dataset id on the Hub or a folder")
+    for name, least, most in ('image_size', 1, 4096), ('test_size', 1, 4096), ('seed', 0, 2**32 - 1):
         value = getattr(recipe, name)
-        if value is not None and value < 1:
+        if value is not None and not least <= value <= most:
+            refuse(recipe, name, f'at least {least} and at most {most}')
+    for name in 'aug_repeats', 'epochs', 'batch_size', 'accumulate':
+        if getattr(recipe, name) < 1:
             refuse(recipe, name, 'at least 1')
-    for name in 'hflip', 'reprob', 'annealed_by':
+    for name in 'hflip', 'reprob', 'annealed_by', 'weight_decay':
         if not 0 <= getattr(recipe, name) <= 1:
             refuse(recipe, name, 'between 0 and 1')
     for name in 'drop', 'drop_path', 'smoothing', 'ema_decay', 'momentum', 'bce_target_thresh':
@@ -186,7 +191,9 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and not 0 < value <= LARGEST:
             refuse(recipe, name, 'positive and finite')
-    for name in ('weight_decay', 'mixup', 'cutmix', 'color_jitter', 'task_loss_weight', 'distill_loss_weight',
+    if recipe.temperature is not None and recipe.temperature > 1e6:
+        refuse(recipe, 'temperature', 'at most 1e6, with which all kernels weigh the same')
+    for name in ('mixup', 'cutmix', 'color_jitter', 'task_loss_weight', 'distill_loss_weight',
                  'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'decay_rate', 'num_workers'):
         value = getattr(recipe, name)
         if value is not None and not 0 <= value <= LARGEST:

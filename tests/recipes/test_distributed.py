@@ -122,6 +122,29 @@ def test_two_processes_end_with_the_metrics_and_the_weights_of_one(loss, digits_
         torch.testing.assert_close(of_two[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f'{name}: {m}')
 
 
+def test_processes_stop_alike_where_the_loss_of_one_is_not_finite(digits_folder, tmp_path):
+    script = tmp_path / 'script.py'
+    script.write_text("""
+import os, pathlib, sys
+import _loaders, tiny, train
+
+normalize = _loaders.Normalize.forward
+if os.environ['RANK'] == '1':
+    _loaders.Normalize.forward = lambda self, images: normalize(self, images) * float('nan')
+try:
+    train.main(**vars(train.parse_train(sys.argv[1:])))
+except SystemExit as error:
+    pathlib.Path('said' + os.environ['RANK']).write_text(str(error))
+""")
+    env = dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONPATH=PATH)
+    done = processes.launch(
+        PROCESSES, script, 'digits', '--model', tiny.NAME, '--dataset', digits_folder, '--batch-size', 16, '--tracker',
+        'none', '--output', tmp_path / 'run', cwd=tmp_path, env=env)
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr[-3000:]
+    said = [(tmp_path / f'said{rank}').read_text() for rank in range(PROCESSES)]
+    assert said[0] == said[1] and said[0].startswith('the loss is nan at step 0')
+
+
 @pytest.mark.slow
 def test_compressed_gradients_and_compiled_networks_of_two_processes_train_as_others_do(digits_folder, tmp_path):
     options = '--dataset', digits_folder, '--batch-size', 16, '--ema-decay', 0.9, '--keep-statistics'
