@@ -167,8 +167,6 @@ def check_recipe(recipe: Recipe) -> None:
     for name, choices in CHOICES.items():
         if getattr(recipe, name) not in choices:
             refuse(recipe, name, f'one of {", ".join(filter(None, choices))}')
-    if not recipe.dataset:
-        refuse(recipe, 'dataset', "'digits', a dataset id on the Hub or a folder")
     for name, least, most in ('image_size', 1, 4096), ('test_size', 1, 4096), ('seed', 0, 2**32 - 1):
         value = getattr(recipe, name)
         if value is not None and not least <= value <= most:

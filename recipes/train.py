@@ -138,7 +138,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
 def run_settings(preset: str, asked: Recipe, origin: dict | None, teacher_origin: dict | None) -> dict[str, Any]:
     """What must be the same to go on with a run. Images and weights are compared by what they are, not where."""
     settings = dict(preset=preset, **dataclasses.asdict(asked))
-    for name in *EXECUTION, 'dataset', 'init':
+    for name in *EXECUTION, 'dataset', 'init', 'kd_model_name':
         del settings[name]
     return dict(
         settings, init=origin and f'{origin["revision"]}{", inflated" * origin["inflated"]}',

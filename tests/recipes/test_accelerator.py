@@ -62,7 +62,7 @@ def test_what_needs_gpus_is_refused_without_and_said_to_do_nothing_with_one_proc
 @pytest.mark.parametrize('name, hook', [(None, 'no'), ('fp16', 'fp16'), ('bf16', 'bf16')])
 def test_gradients_are_compressed_by_accelerates_hook(name, hook, digits_folder, tmp_path, fresh_accelerator):
     accelerator = _accelerator.make_accelerator(make_recipe(digits_folder, comm_hook=name), tmp_path)
-    assert accelerator.ddp_handler.comm_hook == hook
+    assert accelerator.ddp_handler.comm_hook.value == hook
 
 
 def test_every_batch_norm_of_a_network_can_be_synchronised():

@@ -34,7 +34,7 @@ from _recipe import Recipe, check_recipe
     (['--image-size', '100000000'], '--image-size must be at least 1 and at most 4096, got 100000000'),
     (['--temperature', '1e300'], r'--temperature must be at most 1e6, with which all kernels .*, got 1e\+300'),
     (['--weight-decay', '1e308'], r'--weight-decay must be between 0 and 1, got 1e\+308'),
-    (['--dataset', ''], "--dataset must be 'digits', a dataset id on the Hub or a folder, got ''"),
+    (['--dataset', ''], "--dataset must be 'digits', a dataset id on the Hub, or a folder, got ''"),
     (['--comm-hook', 'int8'], "--comm-hook must be one of bf16, fp16, got 'int8'"),
 ])
 def test_values_that_cannot_work_are_refused(options, message):
