@@ -185,3 +185,21 @@ def parse_transfer(argv: list[str], description: str | None = None) -> argparse.
     if args.seeds < 1:
         raise SystemExit(f'--seeds must be at least 1, got {args.seeds}')
     return args
+
+
+def parse_prepare_data(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('dataset', help='a dataset id on the Hub, or a folder of parquet files or images')
+    parser.add_argument('folder', type=Path, help='for the result; train.py takes it as --dataset')
+    parser.add_argument('--size', type=int, default=256, help="pixels of an image's shorter side, at most (256)")
+    parser.add_argument(
+        '--shards', type=int, default=64, metavar='N', help='files of each split (64, which 8 processes with 8 workers '
+        'can share; about 600 MB each for ImageNet)')
+    parser.add_argument('--quality', type=int, default=90, help='of the JPEGs (90)')
+    parser.add_argument('--dataset-config', help='configuration of a dataset that has several')
+    parser.add_argument('--image-column', help='column of images; found from the features')
+    args = parser.parse_args(argv)
+    for name, most in ('size', 65500), ('shards', 99999), ('quality', 100):  # of JPEG, of the files' names, of JPEG
+        if not 1 <= getattr(args, name) <= most:
+            raise SystemExit(f'--{name} must be between 1 and {most}, got {getattr(args, name)}')
+    return args

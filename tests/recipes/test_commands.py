@@ -26,6 +26,7 @@ COMMANDS = dict(
     publish=['--run', 'runs/digits', '--repository', 'acme/digits'], transfer=['--seed-count', '1'],
     _timing=['digits', '--models', 'resnet18', '--learning-rate', '1'], _report=['--folder', 'runs'],
     bench=['--modell', 'resnet18'], first_gpu=['--outputs', 'report.md'],
+    prepare_data=['digits', 'folder', '--sizes', '8'],
 )
 
 
@@ -58,6 +59,7 @@ def test_a_typo_is_answered_before_torch_is_imported(command):
     ('compare', ['digits', '--crop', 'center'], "--crop must be one of rrc, pad, got 'center'"),
     ('_timing', ['digits', '--models', 'resnet18', '--lr', '0'], '--lr must be positive and finite, got 0.0'),
     ('predict', ['runs/digits', 'image.png', '--top', '0'], '--top must be at least 1, got 0'),
+    ('prepare_data', ['digits', 'folder', '--quality', '101'], '--quality must be between 1 and 100, got 101'),
     ('train', ['--help'], 0),
 ])
 def test_so_is_a_value_that_cannot_work_and_help(command, arguments, message):
