@@ -224,7 +224,7 @@ def test_unknown_presets_and_options_are_refused(arguments, capsys):
     (dict(temperature=0.0), '--temperature must be positive and finite, got 0.0'),
     (dict(lr=-1.0), '--lr must be positive and finite, got -1.0'),
     (dict(temperature=1e300), '--temperature must be positive and finite, got 1e\\+300'),
-    (dict(weight_decay=1e308), '--weight-decay must be at least 0 and finite, got 1e\\+308'),
+    (dict(weight_decay=1e308), '--weight-decay must .*, got 1e\\+308'),
     (dict(seed=-1), '--seed must .*, got -1'),
     (dict(seed=2**32), '--seed must .*, got 4294967296'),
     (dict(image_size=100000000), '--image-size must .*, got 100000000'),
