@@ -16,8 +16,8 @@ except ImportError:  # on Windows
     fcntl = None
     import msvcrt
 
-LOCK = '.lock'
-LOCKED_BYTE = 2**20  # behind the text: what is locked can't be read on Windows
+LOCK = '.lock'  # nobody else opens it: POSIX gives up a process's lock when it closes the file anywhere
+HOLDER = '.holder'  # says who has the lock
 
 
 def open_output(
@@ -65,23 +65,23 @@ def lock(output: Path) -> IO:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        file = open(output / LOCK, 'a+b', buffering=0)
+        file = open(output / LOCK, 'ab')
     except OSError as error:
         raise SystemExit(f'--output {output} cannot be written: {error}') from error
     try:
         if fcntl:  # not flock: the processes that load images would inherit its lock, and keep it for seconds
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCKED_BYTE)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            file.seek(LOCKED_BYTE)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise SystemExit(f'--output {output} is in use by {read_holder(output)}: name another folder') from error
         print(f'--output {output} cannot be locked ({error}): see to it that no other run writes there', flush=True)
     try:
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
-        os.fsync(file.fileno())  # for the other machines
+        with open(output / HOLDER, 'w', encoding='utf-8') as holder:
+            holder.write(f'process {os.getpid()} on {socket.gethostname()}')
+            holder.flush()
+            os.fsync(holder.fileno())  # for the other machines
     except OSError as error:
         raise SystemExit(f'--output {output} cannot be written: {error}') from error
     return file
@@ -89,7 +89,7 @@ def lock(output: Path) -> IO:
 
 def read_holder(output: Path) -> str:
     try:
-        return (output / LOCK).read_text(encoding='utf-8')
+        return (output / HOLDER).read_text(encoding='utf-8')
     except OSError as error:
         return str(error)
 

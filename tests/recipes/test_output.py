@@ -18,6 +18,7 @@ import sys, time
 from pathlib import Path
 import _output
 file = _output.lock(Path(sys.argv[1]))
+_output.read_holder(Path(sys.argv[1]))  # which must not give the lock up
 print('locked', flush=True)
 time.sleep(600)
 '''
