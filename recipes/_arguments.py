@@ -159,15 +159,24 @@ def parse_publish(argv: list[str], description: str | None = None) -> argparse.N
 
 
 def parse_bench(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    parser = make_parser(description)
+    """models, layers, rounds, table, and data: None, or preset and recipe."""
+    parser = make_parser(
+        description, usage='bench.py [--models NAME ...] [--layers] [--rounds N] [--table] [--data [preset] [--option '
+        'of train.py ...]]')
     parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50'], help='static networks of timm')
     parser.add_argument('--layers', action='store_true', help='time single layers')
-    parser.add_argument('--rounds', type=int, default=5, help='measurements of each (5)')
-    parser.add_argument('--table', action='store_true', help="print the README's table")
-    args = parser.parse_args(argv)
+    parser.add_argument('--data', action='store_true', help='time the loading of the images of a recipe')
+    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='measurements of each (5)')
+    parser.add_argument('--table', action='store_true', help="print the README's tables")
+    args, of_recipe = parser.parse_known_args(argv)
     if args.rounds < 1:
         raise SystemExit(f'--rounds must be at least 1, got {args.rounds}')
-    return args
+    if of_recipe and not args.data:
+        parser.error(f'unrecognized arguments: {" ".join(of_recipe)}')
+    run = parse_recipe(of_recipe) if args.data else None
+    if run:
+        check_recipe(run.recipe)
+    return argparse.Namespace(**dict(vars(args), data=run))
 
 
 def parse_first_gpu(argv: list[str], description: str | None = None) -> argparse.Namespace:

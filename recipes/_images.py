@@ -18,6 +18,7 @@ except (ImportError, OSError, RuntimeError):  # not installed, or made for anoth
 # Formats whose files of mode 'I' (32 bits) hold values of 16 bits; in those of other formats they can have any range.
 SIXTEEN_BITS = ('PNG', 'PPM')
 BITS_PER_SAMPLE = 258  # tag of TIFF
+SMALL = 2 ** 13  # bytes: Pillow decodes such a JPEG in the time that it takes to read the header before torchcodec can
 
 
 class BadImage(ValueError):
@@ -57,7 +58,7 @@ def decode_pixels(data: bytes) -> Tensor:
 
     The channels of a pixel are next to each other in memory, which resizing is fast for.
     """
-    pixels = decode_upright_jpeg(data) if decode_jpeg else None
+    pixels = decode_upright_jpeg(data) if decode_jpeg and len(data) > SMALL else None
     return torch.from_numpy(np.array(decode(data))).permute(2, 0, 1) if pixels is None else pixels
 
 

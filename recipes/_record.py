@@ -48,6 +48,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + '\n')
 
 
+def write_for_device(folder: Path, kind: str, record: dict[str, Any]) -> None:
+    """Write a record as <device><kind>.json, in the place of the one that was measured on such a device before."""
+    device = re.sub(r'[^A-Za-z0-9]+', '_', record['device']).strip('_').lower()
+    path = folder / f'{device}{kind}.json'
+    write_json(path, record)
+    print(f'wrote {path}')
+
+
 def read_json(path: Path) -> Any:
     """What a file of JSON holds.
 

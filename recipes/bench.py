@@ -1,5 +1,7 @@
 """Time dynamic networks against static ones:  python recipes/bench.py [--models resnet18 resnet50] [--layers]
 
+Or the images of a recipe, without training:  python recipes/bench.py --data imagenet [--dataset FOLDER ...]
+
 Training steps and inference at 224 px on whatever device there is: timm's static network, ours, ours prepared for
 inference, ours as the authors compute it (a grouped convolution over the kernels of all images), and the other methods.
 'timed' is with `torch.backends.cudnn.benchmark`, which has each convolution take the algorithm that is fastest here;
@@ -17,19 +19,20 @@ from _arguments import METHODS, parse_bench
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_bench(sys.argv[1:], __doc__)
 
-import re
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import _bench_data
 import timm
 import torch
 import torch.nn.functional as F
 from _accelerator import usable_cores
 from _measure import synchronize
-from _record import circumstances, device_name, read_json, write_json
+from _record import circumstances, device_name, read_json, write_for_device
 from torch import nn
 from tqdm import tqdm
 
@@ -274,24 +277,23 @@ def make_table() -> str:
     return '\n'.join(lines).strip()
 
 
-def main(models: list[str], layers: bool, rounds: int, table: bool) -> None:
+def main(models: list[str], layers: bool, rounds: int, table: bool, data: Namespace | None) -> None:
     if table:
-        print(make_table())
+        print(make_table(), _bench_data.make_table(), sep='\n\n')
+        return
+    if data:
+        _bench_data.main(data.preset, data.recipe, rounds)
         return
     missing = [name for name in models if not all(timm.is_model(f'{name}_{method}') for method in METHODS)]
     if missing:
         raise SystemExit(f'--models must have dynamic forms ({", ".join(METHODS)}), got {", ".join(missing)}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     measured = (bench_layers if layers else bench_networks)(models, device, rounds)
-    record = dict(
+    write_for_device(RESULTS, '.layers' if layers else '', dict(
         what='layers' if layers else 'networks', device=device_name(device), device_type=device.type,
         precision='bf16' if device.type == 'cuda' else 'fp32', image_size=IMAGE_SIZE, rounds=rounds,
         **circumstances('bench.py'), cases=measured,
-    )
-    stem = re.sub(r'[^A-Za-z0-9]+', '_', record['device']).strip('_').lower()
-    path = RESULTS / f'{stem}{".layers" if layers else ""}.json'
-    write_json(path, record)
-    print(f'wrote {path}')
+    ))
 
 
 if __name__ == '__main__':

@@ -191,7 +191,7 @@ def bench(trial: Trial, *options: str) -> str:
         'of = bench.layers_of\n'
         f'bench.IMAGE_SIZE, bench.RESULTS = 32, pathlib.Path({str(trial.folder)!r})\n'
         'bench.layers_of = lambda name: of(name)[:1]\n'
-        'bench.main()'
+        'bench.main(**vars(bench.parse_bench(sys.argv[1:])))'
     )
     return trial.run(sys.executable, '-c', small, '--models', 'resnet18', '--rounds', '1', *options)
 

@@ -103,6 +103,7 @@ def test_torchcodecs_pixels_are_pillows(fast, mode, options, monkeypatch):
     decode_jpeg, calls = _images.decode_jpeg, []
     if decode_jpeg is None:
         pytest.skip('torchcodec is not installed')
+    monkeypatch.setattr(_images, 'SMALL', 0)
     monkeypatch.setattr(_images, 'decode_jpeg', lambda data: calls.append(data) or decode_jpeg(data))
     found = _images.decode_pixels(data)
     assert found.dtype == torch.uint8 and bool(calls) == fast
@@ -118,7 +119,8 @@ def test_torchcodecs_pixels_are_pillows(fast, mode, options, monkeypatch):
     (lambda data: data[:2], 'cannot identify'),
     (lambda data: b'', 'cannot identify'),
 ])
-def test_pillow_says_what_is_wrong_with_a_jpeg(damage, error):
+def test_pillow_says_what_is_wrong_with_a_jpeg(damage, error, monkeypatch):
+    monkeypatch.setattr(_images, 'SMALL', 0)
     with pytest.raises(OSError, match=error):
         _images.decode_pixels(damage(encode(Image.fromarray(COLOURS).resize((320, 240)), 'JPEG')))
 
