@@ -9,6 +9,7 @@ TABLE = Template('''\
 | Cross-entropy | $loss |
 | Validation images | $validation_images |
 | Training epoch, median | $median_epoch_seconds |
+| Share of it that the device waited for images, at most | $data_wait_share |
 | IES, training: epoch time / top-1 as a fraction | $ies |
 | RCS, training: top-1 as a fraction / epoch time | $rcs |
 | IES, inference: time per correct image | $ies_infer |

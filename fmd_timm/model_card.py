@@ -21,8 +21,8 @@ REQUIRED = (
 # None where it could not be measured: a score without accuracy, the memory of a CPU, code outside of git; `init` where
 # training started from random weights, `temperature` where it was left alone, `method` of a static network.
 MAY_BE_NONE = (
-    'init', 'method', 'temperature', 'preset', 'median_epoch_seconds', 'ies', 'rcs', 'ies_infer', 'rcs_infer',
-    'train_images_per_second', 'infer_images_per_second', 'peak_memory_mib', 'git_commit',
+    'init', 'method', 'temperature', 'preset', 'median_epoch_seconds', 'data_wait_share', 'ies', 'rcs', 'ies_infer',
+    'rcs_infer', 'train_images_per_second', 'infer_images_per_second', 'peak_memory_mib', 'git_commit',
 )
 
 ARXIV = {layer.method: layer.arxiv for layer in METHODS.values()}
@@ -34,6 +34,10 @@ def _number(value: float | None, unit: str = '') -> str:
         return '-'
     digits = 0 if isinstance(value, int) else 3 - math.floor(math.log10(abs(value) or 1.))
     return f'{value:,.{max(digits, 0)}f} {unit}'.rstrip()
+
+
+def _percent(share: float | None) -> str:
+    return '-' if share is None else f'{100 * share:.1f} %'
 
 
 def results_table(record: dict[str, Any]) -> str:
@@ -49,6 +53,7 @@ def results_table(record: dict[str, Any]) -> str:
         loss=f'{record["loss"]:.4f}',
         validation_images=_number(record['validation_images']),
         median_epoch_seconds=_number(record['median_epoch_seconds'], 's'),
+        data_wait_share=_percent(record['data_wait_share']),
         ies=_number(record['ies'], 's'),
         rcs=_number(record['rcs'], '1/s'),
         ies_infer=_number(record['ies_infer'], 'ms'),

@@ -1,6 +1,7 @@
 """The loop over the epochs: training, evaluation, checkpoints, and where it is stopped and goes on."""
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def train_epochs(
             if metrics['top1'] > progress['best_top1']:
                 progress |= dict(best_top1=metrics['top1'], best_epoch=epoch + 1)
             progress['legs'][-1]['epoch_seconds'].append(progress['seconds'])
-            progress |= dict(epochs_done=epoch + 1, step=0, seconds=0.0, metrics=metrics)
+            progress['legs'][-1]['data_wait_seconds'].append(progress['waited'])
+            progress |= dict(epochs_done=epoch + 1, step=0, seconds=0.0, waited=0.0, metrics=metrics)
             if epoch + 1 == recipe.epochs or epochs and (epoch + 1) % epochs == 0:
                 save()
 
@@ -75,9 +77,12 @@ def finish_epoch(
             disable=not training.accelerator.is_main_process) as bar:
 
         def counted():
+            asked = time.perf_counter()
             for batch in batches_of(loader, epoch, first):
+                progress['waited'] += time.perf_counter() - asked
                 yield batch
                 bar.update()
+                asked = time.perf_counter()
 
         batches = counted()
         while progress['step'] < steps_per_epoch:

@@ -113,8 +113,13 @@ def hardware(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def new_leg(accelerator: Accelerator) -> dict[str, Any]:
-    """A part of a run: what one start of it trains on, and the seconds of each epoch that it finishes."""
-    return dict(hardware(accelerator), versions=versions(), git_commit=git_commit(), epoch_seconds=[])
+    """A part of a run: what one start of it trains on, and the seconds of each epoch that it finishes.
+
+    `data_wait_seconds` are those in which the main process waited for images. Its device may have been busy with the
+    step before, so it waited for no more than that.
+    """
+    return dict(
+        hardware(accelerator), versions=versions(), git_commit=git_commit(), epoch_seconds=[], data_wait_seconds=[])
 
 
 def training_times(record: dict[str, Any]) -> dict[str, float | None]:
@@ -124,14 +129,16 @@ def training_times(record: dict[str, Any]) -> dict[str, float | None]:
     but the run was only finished there.
     """
     legs = [leg for leg in record['legs'] if all(leg[name] == record[name] for name in HARDWARE)]
-    warm = [seconds for leg in legs for seconds in leg['epoch_seconds'][1:]]
+    epochs = [(leg, list(zip(leg['epoch_seconds'], leg['data_wait_seconds'], strict=True))) for leg in legs]
+    warm = sum((of_leg[1:] for _, of_leg in epochs), [])
     # an epoch that another start began, perhaps elsewhere, is of both
-    timed = warm or [seconds for leg in legs for seconds in leg['epoch_seconds'][1 if leg.get('step') else 0:]]
+    timed = warm or sum((of_leg[1 if leg.get('step') else 0:] for leg, of_leg in epochs), [])
     if not timed:
-        return dict.fromkeys(('median_epoch_seconds', 'ies', 'rcs', 'train_images_per_second'))
-    seconds, accuracy = statistics.median(timed), record['top1'] / 100
+        return dict.fromkeys(('median_epoch_seconds', 'data_wait_share', 'ies', 'rcs', 'train_images_per_second'))
+    seconds, accuracy = statistics.median(seconds for seconds, _ in timed), record['top1'] / 100
     return dict(
-        median_epoch_seconds=seconds, ies=ies(seconds, accuracy), rcs=rcs(seconds, accuracy),
+        median_epoch_seconds=seconds, data_wait_share=statistics.median(waited / all for all, waited in timed),
+        ies=ies(seconds, accuracy), rcs=rcs(seconds, accuracy),
         train_images_per_second=record['steps_per_epoch'] * record['global_batch'] / seconds,
     )
 

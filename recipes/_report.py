@@ -39,6 +39,7 @@ ROWS = (
     ('rcs', 'RCS, 1/s', 1),
     ('train_images_per_second', 'Training, images/s', 1),
     ('training_epoch_seconds', 'Epoch in the training run, s', 1),
+    ('data_wait_share', 'Waiting for images in it, %', 100),
     ('peak_memory_mib', 'Peak memory, MiB', 1),
     ('infer_ms_per_image', 'Latency at batch 1, ms', 1),
     ('infer_images_per_second', 'Inference, images/s', 1),
@@ -106,6 +107,7 @@ def _figures(records: list[dict], static_records: list[dict], timing: dict) -> d
     relative = {name: own[name] / reference[name] for name in ('parameters', 'gmacs', 'peak_memory_mib')}
     in_training = own['training_epoch_seconds'], reference['training_epoch_seconds']
     relative['training_epoch_seconds'] = in_training[0] / in_training[1] if None not in in_training else None
+    relative['data_wait_share'] = None
     for name in 'epoch_seconds', 'infer_ms_per_image', 'infer_images_per_second':
         relative[name] = _median_ratio(timing[name][model], timing[name][static])
     relative['train_images_per_second'] = _median_ratio(
@@ -132,7 +134,9 @@ def _of_model(records: list[dict], timing: dict) -> dict[str, Any]:
     top1, top5 = (_mean_and_std([record[name] for record in records]) for name in ('top1', 'top5'))
     accuracy = top1['mean'] / 100
     # None of a run that was finished on other hardware than it was trained on
-    in_training = [seconds for record in records if (seconds := record['median_epoch_seconds']) is not None]
+    in_training, waits = (
+        [value for record in records if (value := record.get(name)) is not None]
+        for name in ('median_epoch_seconds', 'data_wait_share'))
     return dict(
         seeds=[record['seed'] for record in records], parameters=records[0]['parameters'], gmacs=records[0]['gmacs'],
         top1=top1, top5=top5, epoch_seconds=epoch_seconds,
@@ -140,6 +144,7 @@ def _of_model(records: list[dict], timing: dict) -> dict[str, Any]:
         ies=ies(epoch_seconds, accuracy), rcs=rcs(epoch_seconds, accuracy),
         train_images_per_second=timing['steps_per_epoch'] * timing['global_batch'] / epoch_seconds,
         training_epoch_seconds=statistics.median(in_training) if in_training else None,
+        data_wait_share=statistics.median(waits) if waits else None,
         peak_memory_mib=max(record['peak_memory_mib'] for record in records),
         infer_ms_per_image=ms, infer_images_per_second=rate,
         infer_ms_per_image_range=[min(timing['infer_ms_per_image'][model]), max(timing['infer_ms_per_image'][model])],
@@ -165,6 +170,8 @@ def make_table(comparison: dict[str, Any]) -> str:
     models, static = comparison['models'], comparison['static']
     lines = ['| measured | ' + ' | '.join(models) + ' |', '|---' * (1 + len(models)) + '|']
     for row, label, factor in ROWS:
+        if all(figures.get(row) is None for figures in models.values()):
+            continue
         cells = [_cell(figures, row, factor, name == static) for name, figures in models.items()]
         lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
     seeds = {len(figures['seeds']) for figures in models.values()}

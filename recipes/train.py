@@ -72,8 +72,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     settings = run_settings(preset, asked, origin, teacher_origin)
     lock, checkpoint, progress = open_output(accelerator, output, resume, model_bytes, settings)  # until main ends
     progress = progress or dict(
-        settings=settings, images=None, epochs_done=0, step=0, seconds=0.0, train_loss=None, legs=[], metrics=None,
-        best_epoch=0, best_top1=-1.0)
+        settings=settings, images=None, epochs_done=0, step=0, seconds=0.0, waited=0.0, train_loss=None, legs=[],
+        metrics=None, best_epoch=0, best_top1=-1.0)
     progress['legs'].append(dict(new_leg(accelerator), epochs_done=progress['epochs_done'], step=progress['step']))
     with accelerator.local_main_process_first():
         images = open_images(recipe)

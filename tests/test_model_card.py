@@ -71,6 +71,7 @@ def test_the_card_says_how_to_install_the_package_and_where_the_paper_is():
     '| Cross-entropy | 0.1235 |',
     '| Validation images | 360 |',
     '| Training epoch, median | 1.250 s |',
+    '| Share of it that the device waited for images, at most | 5.0 % |',
     '| IES, training: epoch time / top-1 as a fraction | 1.286 s |',
     '| RCS, training: top-1 as a fraction / epoch time | 0.7778 1/s |',
     '| IES, inference: time per correct image | 0.01234 ms |',

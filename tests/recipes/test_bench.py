@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import _bench_data
 import bench
 import pytest
 import timm
@@ -101,6 +102,7 @@ def test_ratio_is_to_the_faster_static_network_of_the_same_round():
 
 @pytest.mark.parametrize('arguments, message', [
     (['--rounds', '0'], '--rounds must be at least 1, got 0'),
+    (['--data', 'digits', '--epochs', '0'], '--epochs must be at least 1, got 0'),
     (['--models', 'resnet18', 'vit_tiny_patch16_224'], 'must have dynamic forms .*, got vit_tiny_patch16_224'),
 ])
 def test_bad_arguments_are_refused(arguments, message, monkeypatch):
@@ -108,6 +110,21 @@ def test_bad_arguments_are_refused(arguments, message, monkeypatch):
         run(monkeypatch, *arguments)
 
 
-def test_the_readme_has_the_table_of_the_committed_files():
-    table = bench.make_table()
-    assert table and table in README.read_text()
+def test_the_loading_of_images_is_timed(monkeypatch, tmp_path, digits_folder, fresh_accelerator, capsys):
+    monkeypatch.setattr(_bench_data, 'RESULTS', tmp_path)
+    monkeypatch.setattr(_bench_data, 'SECONDS', 0.02)
+    run(monkeypatch, '--data', 'digits', '--dataset', str(digits_folder), '--batch-size', '16', '--rounds', '2')
+    path, = tmp_path.glob('*.digits.json')
+    record = json.loads(path.read_text())
+    assert record['recipe']['dataset'] == digits_folder.name and record['images'] == 64
+    assert [len(record['per_core'][way]) for way in ('plain', 'ours')] == [2, 2]
+    assert [epoch['images'] for epoch in record['epochs']] == [64, 64]
+    for epoch in record['epochs']:
+        assert 0 < epoch['first_batch_seconds'] <= 64 / epoch['images_per_second']
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith('| `digits`, 64 images, 8 px | ') and row in _bench_data.make_table()
+
+
+def test_the_readme_has_the_tables_of_the_committed_files():
+    for table in bench.make_table(), _bench_data.make_table():
+        assert table and table in README.read_text()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from _bench_data import plain_transform
 from _data import LabelledImages, _seeded, open_images
 from _images import decode, decode_pixels
 from accelerate import Accelerator
@@ -73,15 +74,15 @@ def photo():
     return file.getvalue()
 
 
-@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic', 'random'])
+@pytest.mark.parametrize('crop, interpolation', [
+    ('rrc', 'bilinear'), ('rrc', 'bicubic'), ('rrc', 'random'), ('pad', 'bilinear')])
 @pytest.mark.parametrize('aa', [None, 'rand-m9-mstd0.5-inc1', '3a'])
-def test_training_pixels_are_timms(aa, interpolation, photo):
+def test_training_pixels_are_timms(aa, crop, interpolation, photo):
     """From the same random numbers, within a rounding."""
-    recipe = make_recipe('photo', crop='rrc', hflip=0.5, aa=aa)
+    recipe = make_recipe('photo', crop=crop, hflip=0.5, aa=aa)
     config = dict(interpolation=interpolation, mean=(0.5, 0.4, 0.3))
     transform = _loaders.train_transform(recipe, 96, config)
-    timms = timm.data.create_transform(
-        96, is_training=True, auto_augment=aa, color_jitter=None, use_prefetcher=True, **config)
+    timms = plain_transform(recipe, 96, config)
     plain = decode(photo)
     for seed in range(20):
         with _seeded(seed):
@@ -104,6 +105,19 @@ def test_validation_pixels_are_timms(interpolation, crop_mode, photo):
     expected = timms(decode(photo))
     pixels = _loaders.eval_transform(config)(decode_pixels(photo))
     assert pixels.dtype == torch.uint8 and (pixels.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_loading_processes_can_be_spawned(numbered, fresh_accelerator):
+    """As on Windows and macOS: what they are given can be pickled, and the epoch reaches them."""
+    Accelerator(cpu=True)
+    recipe = make_recipe('noise', batch_size=12, crop='rrc', aa='rand-m5', num_workers=1, seed=3)
+    images = {split: LabelledImages(rows, split, split, seed=recipe.seed) for split, rows in numbered.items()}
+    loader = loaders_of(recipe, images, 0, 1)[0]
+    loader.base_dataloader.multiprocessing_context = 'spawn'
+    for epoch in 0, 1:
+        for pixels, rows in _loaders.batches_of(loader, epoch):
+            assert all(torch.equal(image, images['train'][row][0]) for image, row in zip(pixels, rows.tolist()))
 
 
 @pytest.mark.parametrize('processes', [1, 2, 3])

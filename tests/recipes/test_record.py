@@ -88,14 +88,21 @@ def test_times_are_of_the_hardware_that_the_record_names(fresh_accelerator):
     here = _record.hardware(Accelerator(cpu=True))
     elsewhere = dict(here, device_count=8)
     record = dict(here, top1=50.0, steps_per_epoch=10, global_batch=8, legs=[
-        dict(here, epoch_seconds=[9.0, 2.0, 2.0]), dict(elsewhere, epoch_seconds=[9.0, 7.0]),
-        dict(here, epoch_seconds=[8.0, 4.0, 6.0]),
+        dict(here, epoch_seconds=[9.0, 2.0, 2.0], data_wait_seconds=[9.0, 0.5, 0.5]),
+        dict(elsewhere, epoch_seconds=[9.0, 7.0], data_wait_seconds=[9.0, 7.0]),
+        dict(here, epoch_seconds=[8.0, 4.0, 6.0], data_wait_seconds=[8.0, 0.0, 1.5]),
     ])
     assert _record.training_times(record) == dict(
-        median_epoch_seconds=3.0, ies=6.0, rcs=0.5 / 3, train_images_per_second=80 / 3.0)
-    only_first = dict(record, legs=[dict(here, epoch_seconds=[9.0]), dict(elsewhere, epoch_seconds=[1.0, 1.0])])
+        median_epoch_seconds=3.0, data_wait_share=0.25, ies=6.0, rcs=0.5 / 3, train_images_per_second=80 / 3.0)
+    only_first = dict(record, legs=[
+        dict(here, epoch_seconds=[9.0], data_wait_seconds=[0.0]),
+        dict(elsewhere, epoch_seconds=[1.0, 1.0], data_wait_seconds=[0.0, 0.0])])
     assert _record.training_times(only_first)['median_epoch_seconds'] == 9.0
-    begun_elsewhere = dict(record, legs=[dict(elsewhere, epoch_seconds=[]), dict(here, step=3, epoch_seconds=[5.0])])
+    begun_elsewhere = dict(record, legs=[
+        dict(elsewhere, epoch_seconds=[], data_wait_seconds=[]),
+        dict(here, step=3, epoch_seconds=[5.0], data_wait_seconds=[0.0])])
     assert _record.training_times(begun_elsewhere)['median_epoch_seconds'] is None
-    finished_here = dict(record, legs=[dict(elsewhere, epoch_seconds=[1.0]), dict(here, epoch_seconds=[])])
+    finished_here = dict(record, legs=[
+        dict(elsewhere, epoch_seconds=[1.0], data_wait_seconds=[0.0]),
+        dict(here, epoch_seconds=[], data_wait_seconds=[])])
     assert set(_record.training_times(finished_here).values()) == {None}

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,21 @@ def launch(count, *command):
     """tests/tiny.py as recipes/train.py on several CPU processes, which `accelerate launch --cpu` does not start."""
     for done in processes.launch(count, *command, env=dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONPATH=PATH)):
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_record_says_how_long_the_device_waited_for_images(digits_folder, tmp_path, monkeypatch):
+    read = _data.LabelledImages.read
+
+    def slowly(self, row):
+        time.sleep(0.005)
+        return read(self, row)
+
+    monkeypatch.setattr(_data.LabelledImages, 'read', slowly)
+    result = run(make_recipe(digits_folder), tmp_path)
+    leg, = result['legs']
+    for seconds, waited in zip(leg['epoch_seconds'], leg['data_wait_seconds'], strict=True):
+        assert 64 * 0.005 <= waited <= seconds
+    assert result['data_wait_share'] == leg['data_wait_seconds'][1] / leg['epoch_seconds'][1]
 
 
 def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folder, tmp_path):
