@@ -16,7 +16,7 @@ import _images
 import psutil
 import torch
 from _accelerator import make_accelerator, usable_cores
-from _data import LabelledImages, open_images, read_bytes
+from _data import LabelledImages, open_images, read_bytes, refuse_bad_images
 from _loaders import batches_of, make_loaders
 from _measure import synchronize
 from _recipe import Recipe
@@ -37,6 +37,7 @@ HEAD = '''
 '''.strip()
 
 
+@refuse_bad_images()
 def main(preset: str, recipe: Recipe, rounds: int) -> None:
     """Measure, and write the record: `per_core` in images per second of CPU time; of `epochs` images per second of the
     clock and what this process and those that load have of memory for themselves at the end, in MiB.
@@ -77,23 +78,24 @@ def plain_transform(recipe: Recipe, size: int, config: dict) -> Callable:
 
 def time_one_core(images: LabelledImages, plain: Callable, rounds: int) -> dict[str, list[float]]:
     """Images per second of CPU time by both ways in each round, after one that warms up."""
-    def read_plain(row: int) -> None:
-        plain(_images.decode(read_bytes(images.rows[row][images.image_column])))
+    def read_plain(place: int) -> None:
+        row = images.rows[int(images.indices[place])]
+        plain(_images.decode(read_bytes(row[images.image_column])))
 
-    def read(row: int) -> None:
-        images.transform(images.read(row)[0])
+    def read(place: int) -> None:
+        images.transform(images.read(place)[0])
 
     ways = dict(plain=read_plain, ours=read)
     speeds = {name: [] for name in ways}
-    rows = itertools.cycle(torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist())
+    places = itertools.cycle(torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist())
     threads, count = torch.get_num_threads(), 50
     torch.set_num_threads(1)
     for turn in tqdm(range(1 + rounds), 'one core', leave=False):
-        chosen = list(itertools.islice(rows, count))
+        chosen = list(itertools.islice(places, count))
         for name in ways if turn % 2 else reversed(ways):
             start = time.process_time()
-            for row in chosen:
-                ways[name](row)
+            for place in chosen:
+                ways[name](place)
             seconds = time.process_time() - start
             if turn:
                 speeds[name].append(count / seconds)

@@ -131,7 +131,7 @@ class LabelledImages(torch.utils.data.Dataset):
             raise BadImage(f'{self.name}: the image in row {row}{file} cannot be decoded: {error}') from error
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Row `index`; beyond their number once more, with another augmentation."""
+        """Image `index`; beyond their number once more, with another augmentation."""
         image, label = self.read(index % len(self))
         with _seeded(self.seed, int(self.epoch), index):
             return self.transform(image), label
