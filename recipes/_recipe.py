@@ -188,9 +188,7 @@ def check_recipe(recipe: Recipe) -> None:
     for name in 'lr', 'head_lr_scale', 'temperature', 'clip_grad', 'kd_temperature', 'opt_eps', 'decay_epochs':
         value = getattr(recipe, name)
         if value is not None and not 0 < value <= LARGEST:
-            refuse(recipe, name, 'positive and finite')
-    if recipe.temperature is not None and recipe.temperature > 1e6:
-        refuse(recipe, 'temperature', 'at most 1e6, with which all kernels weigh the same')
+            refuse(recipe, name, 'positive and finite in float32')
     for name in ('mixup', 'cutmix', 'color_jitter', 'task_loss_weight', 'distill_loss_weight',
                  'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'decay_rate', 'num_workers'):
         value = getattr(recipe, name)

@@ -30,6 +30,7 @@ def run(monkeypatch, *arguments):
     bench.main(**vars(parse_bench(list(arguments))))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='of the CPU')
 def test_networks_are_timed_and_become_a_table(small, monkeypatch, capsys):
     run(monkeypatch, '--models', 'resnet18', '--rounds', '1')

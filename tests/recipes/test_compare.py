@@ -43,6 +43,7 @@ def must_not_run(state, script, arguments):
 
 def on_one_thread(patch):
     """This process goes on with other tests, and the records must be of one device."""
+    torch.set_num_threads(1)
     for module in compare, _accelerator:
         patch.setattr(module, 'use_all_cores', lambda state: None)
     patch.setattr(torch.backends.cudnn, 'benchmark', False)  # which timing sets
@@ -119,6 +120,7 @@ def test_every_figure_is_also_relative_to_the_static_network(finished):
     times = json.loads((finished / 'timing.json').read_text())
     static, dynamic = models[STATIC], models[tiny.NAME]
     assert dynamic['relative'].keys() == {row for row, _, _ in _report.ROWS}
+    assert static['relative'].pop('data_wait_share') is None  # a share of each network's own epoch
     assert all(value in (0, 1) for value in static['relative'].values())
     ratios = [a / b for a, b in zip(times['epoch_seconds'][tiny.NAME], times['epoch_seconds'][STATIC])]
     assert dynamic['relative']['epoch_seconds'] == statistics.median(ratios)
@@ -195,7 +197,8 @@ def test_a_run_that_fails_loses_no_other_and_goes_on_from_its_checkpoint(
     (tmp_path / 'recipes' / 'train.py').write_text(f'''
 import os, signal, sys
 sys.path[:0] = {[str(compare.RECIPES), str(Path(tiny.__file__).parent)]!r}
-import _accelerator, _checkpoints, _loop, tiny, train
+import _accelerator, _checkpoints, _loop, tiny, torch, train
+torch.set_num_threads(1)
 save = _checkpoints.save
 def save_and_die(*args):
     folder = save(*args)
@@ -303,7 +306,7 @@ def test_models_that_cannot_be_compared_are_refused_before_any_is_trained(models
 def test_bad_values_and_data_are_refused_before_any_model_is_trained(digits_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, 'run_recipe', run_here)
     for options, message in [
-        (['--lr', -1], '--lr must be positive and finite, got -1.0'),
+        (['--lr', -1], '--lr must be positive and finite in float32, got -1.0'),
         (['--batch-size', 65], '--batch-size must be at most the 64 training images, got 65'),
         (['--label-column', 'image'], "label column 'image' is not one of labels"),
     ]:

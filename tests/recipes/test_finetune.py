@@ -373,7 +373,7 @@ def test_the_loss_weighs_each_image_by_its_class(letters_folder, checkpoint, tmp
     (dict(freeze='head'), "--freeze must be one of backbone, attention, got 'head'"),
     (dict(init=None, model='resnet18', freeze='backbone'), '--freeze must be left out without --init'),
     (dict(layer_decay=0.0), '--layer-decay must be above 0 and at most 1, got 0.0'),
-    (dict(head_lr_scale=-1.0), '--head-lr-scale must be positive and finite, got -1.0'),
+    (dict(head_lr_scale=-1.0), '--head-lr-scale must be positive and finite in float32, got -1.0'),
 ])
 def test_bad_values_are_named(change, message, letters_folder, checkpoint, tmp_path):
     with pytest.raises(SystemExit, match=message):

@@ -70,6 +70,7 @@ def test_a_command_that_fails_raises_with_what_it_said(trial):
         trial.run(sys.executable, '-c', 'print("the reason"); raise SystemExit(3)')
 
 
+@pytest.mark.slow
 def test_device_and_first_steps_are_measured(trial):
     assert 'TB/s' in first_gpu.describe_device(trial)
     steps = first_gpu.take_first_steps(trial)

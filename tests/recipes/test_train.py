@@ -237,9 +237,9 @@ def test_unknown_presets_and_options_are_refused(arguments, capsys):
 
 @pytest.mark.parametrize('change, message', [
     (dict(model='resnet18_fdm'), r"--model must be a model registered in timm.*resnet18_fmd.*got 'resnet18_fdm'"),
-    (dict(temperature=0.0), '--temperature must be positive and finite, got 0.0'),
-    (dict(lr=-1.0), '--lr must be positive and finite, got -1.0'),
-    (dict(temperature=1e300), '--temperature must be positive and finite, got 1e\\+300'),
+    (dict(temperature=0.0), '--temperature must be positive and finite in float32, got 0.0'),
+    (dict(lr=-1.0), '--lr must be positive and finite in float32, got -1.0'),
+    (dict(temperature=1e300), '--temperature must be positive and finite in float32, got 1e\\+300'),
     (dict(weight_decay=1e308), '--weight-decay must .*, got 1e\\+308'),
     (dict(seed=-1), '--seed must .*, got -1'),
     (dict(seed=2**32), '--seed must .*, got 4294967296'),
