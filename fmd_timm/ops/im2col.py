@@ -39,11 +39,17 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
     if attention.tap_attn is not None:
         patches = patches * per_element(attention.tap_attn, weight).to(x.dtype)
     kernel_attn, bank = bank_of(weight, attention, case)  # (B, K), (K, O, R)
-    y = _matrices(x, case.batch, case.out_channels, case.out_pixels, is_transposed=last)
+    y = x.new_empty((case.batch, case.out_pixels, case.out_channels) if last else (
+        case.batch, case.out_channels, case.out_pixels))
     tiles, memory = _tiles(case, bank, 4 * cache_bytes(), bank.dtype)
     for tile in tiles:
         kernels = mix(kernel_attn, bank[:, tile], memory).to(x.dtype)  # (B, o, R)
-        torch.bmm(kernels, patches.mT, out=y[:, tile])
+        matrices = (patches, kernels.mT) if last else (kernels, patches.mT)
+        if len(tiles) == 1:
+            torch.bmm(*matrices, out=y)
+        else:  # PyTorch is slow at products whose `out` is a part of a tensor
+            y[(..., tile) if last else (slice(None), tile)] = torch.bmm(*matrices)
+    y = y.mT if last else y
     y = y.unflatten(2, case.output_size)
     if attention.out_attn is not None:
         y *= attention.out_attn.to(y.dtype)[:, :, None, None]
@@ -64,11 +70,15 @@ def image_gradient(
     last = rows_are_pixels(case)
     kernel_attn, bank = bank_of(weight, attention, case)  # (B, K), (K, O, R)
     grad_pixels = gated(grad_y, attention.out_attn).flatten(2)  # (B, O, P)
-    grad_patches = _matrices(x, case.batch, case.out_pixels, bank.shape[2], is_transposed=not last)
+    size = case.batch, case.out_pixels, bank.shape[2]
+    grad_patches = x.new_empty(size if last else (size[0], size[2], size[1]))
     tiles, memory = _tiles(case, bank, 4 * cache_bytes(), bank.dtype)
     for tile in tiles:
-        kernels = mix(kernel_attn, bank[:, tile], memory).to(x.dtype)
-        grad_patches.baddbmm_(grad_pixels[:, tile].mT, kernels, beta=int(tile.start > 0))
+        matrices = grad_pixels[:, tile].mT, mix(kernel_attn, bank[:, tile], memory).to(x.dtype)
+        if not last:
+            matrices = matrices[1].mT, matrices[0].mT
+        grad_patches.baddbmm_(*matrices, beta=int(tile.start > 0))
+    grad_patches = grad_patches if last else grad_patches.mT  # (B, P, R)
     if attention.tap_attn is not None:
         grad_patches *= per_element(attention.tap_attn, weight).to(x.dtype)
     grad_x = sum_patches(grad_patches, x, case)
@@ -113,10 +123,6 @@ def kernel_gradient(
             rows *= gates[:, tile].flatten(1)[..., None]
         torch.mm(kernel_attn.T, G.flatten(1), out=grad_bank[:, tile].flatten(1))
     return grad_weight, attention_gradients(products.permute(1, 3, 2, 0), attention)
-
-
-def _matrices(x: Tensor, batch: int, rows: int, columns: int, is_transposed: bool) -> Tensor:
-    return x.new_empty(batch, columns, rows).mT if is_transposed else x.new_empty(batch, rows, columns)
 
 
 def _tiles(case: Case, bank: Tensor, size: int, dtype: torch.dtype) -> tuple[list[slice], Tensor]:

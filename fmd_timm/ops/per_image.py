@@ -31,7 +31,8 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
         attention = attention._replace(in_attn=None, out_attn=None)
     kernel_attn, bank = bank_of(weight, attention, case)
     gates = _gates(attention, case)
-    y = empty_as(x, case.batch, case.out_channels, *case.output_size)
+    is_whole = _is_grouped(case) and not case.is_pointwise  # one convolution makes the result
+    y = None if is_whole else empty_as(x, case.batch, case.out_channels, *case.output_size)
     parts, memory = _parts(bank, case, 10 * cache_bytes())
     for part in parts:
         kernels = _mix(kernel_attn[part], bank, memory, weight, case)
@@ -41,8 +42,8 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
         images = x[part] if in_attn is None else gated(x[part], in_attn[part])
         if case.is_pointwise:
             kernels = kernels.reshape(len(kernels), case.out_channels, -1)
-            torch.bmm(kernels, _pixels(images), out=_pixels(y[part]))
-        elif _is_grouped(case):
+            _multiply(kernels, _pixels(images), out=_pixels(y[part]))
+        elif is_whole:
             y = _convolve(images, kernels, case)
         else:
             for i, b in enumerate(range(part.start, part.stop)):
@@ -57,7 +58,8 @@ def backward(
     """Gradients of x, weight and attention; None for what is None."""
     kernel_attn, bank = bank_of(weight, attention, case)
     gates = _gates(attention, case)
-    grad_x, grad_weight = empty_as(x, *x.shape), torch.zeros_like(weight)
+    is_whole = _is_grouped(case) and not case.is_pointwise
+    grad_x, grad_weight = None if is_whole else empty_as(x, *x.shape), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, case.num_kernels).flatten(1)
     gradients = {name: [] for name, attn in attention._asdict().items() if attn is not None}
     parts, memory = _parts(bank, case, 2 * cache_bytes())  # each kernel has a gradient and products with it
@@ -69,9 +71,9 @@ def backward(
         if case.is_pointwise:
             pixels_y, pixels_x = _pixels(grad_y[part], memory_format(x)), _pixels(x[part])
             kernels = kernels.reshape(len(kernels), case.out_channels, -1)
-            torch.bmm(kernels.mT, pixels_y, out=_pixels(grad_x[part]))
+            _multiply(kernels.mT, pixels_y, out=_pixels(grad_x[part]))
             G.copy_(torch.bmm(pixels_y, pixels_x.mT).view(G.shape))
-        elif _is_grouped(case):
+        elif is_whole:
             grad_x, grad_kernels = _differentiate(grad_y, x, kernels, case)
             G.copy_(grad_kernels)
         else:
@@ -150,3 +152,11 @@ def _pixels(x: Tensor, format: torch.memory_format | None = None) -> Tensor:
     """A view (b, C, P) of images (b, C, H, W) that are laid out in their format."""
     x = x.contiguous(memory_format=format or memory_format(x))
     return x.permute(0, 2, 3, 1).flatten(1, 2).mT if is_channels_last(x) else x.flatten(2)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Matrix products into `out`, transposed where it is: PyTorch is slow at a transposed `out`."""
+    if out.is_contiguous():
+        torch.bmm(a, b, out=out)
+    else:
+        torch.bmm(b.mT, a.mT, out=out.mT)
