@@ -97,8 +97,8 @@ class DynamicConv2d(nn.Module):
         self.padding = _explicit_padding(padding, self.kernel_size, self.stride, self.dilation)
         self.groups = groups
         self.num_kernels = num_kernels
-        self.tf_same_padding = False  # set by `like`, as is the next
-        self.like_args = {}  # by which it was made of a static one, without its place
+        # What `like` says of the static convolution, and the arguments that it was given but for device and dtype.
+        self.tf_same_padding, self.like_args = False, {}
 
         depthwise = groups == in_channels == out_channels
         self.weight = nn.Parameter(

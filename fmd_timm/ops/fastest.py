@@ -6,6 +6,7 @@ for the process.
 """
 import time
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -49,7 +50,7 @@ def fastest(
         for turn in range(1 + TURNS):
             for algorithm in algorithms:
                 if turn < 2 or shortest[algorithm] < 2 * min(shortest.values()):
-                    seconds = _seconds(lambda: run(algorithm), case.device)  # noqa: B023, it is called at once
+                    seconds = _seconds(partial(run, algorithm), case.device)
                     shortest[algorithm] = min(shortest[algorithm], seconds if turn else float('inf'))
         _chosen[key] = min(shortest, key=shortest.get)
     return _chosen[key]
