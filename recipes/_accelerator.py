@@ -25,7 +25,6 @@ from torch import Tensor, nn
 # takes hours for ImageNet; NCCL would end the others after 10 minutes.
 PROCESS_GROUP = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))
 
-
 # Of Python, safetensors and torch, which also has its own for states that don't fit.
 FILE_ERRORS = OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError
 

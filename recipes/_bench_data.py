@@ -39,8 +39,10 @@ HEAD = '''
 
 @refuse_bad_images()
 def main(preset: str, recipe: Recipe, rounds: int) -> None:
-    """Measure, and write the record: `per_core` in images per second of CPU time; of `epochs` images per second of the
-    clock and what this process and those that load have of memory for themselves at the end, in MiB.
+    """Measure, and write the record.
+
+    `per_core` has images per second of CPU time. `epochs` has images per second of the clock, and the MiB of memory
+    that this process and those that load images share with no other.
     """
     start = time.perf_counter()
     accelerator = make_accelerator(dataclasses.replace(recipe, tracker='none'), RESULTS)

@@ -113,7 +113,7 @@ def warn_of_images(images: dict[str, LabelledImages], recipe: Recipe) -> None:
 def shorter_sides(images: LabelledImages) -> list[int]:
     """Pixels of some images, evenly spread; their files' headers tell."""
     sides = []
-    for place in np.linspace(0, len(images) - 1, SAMPLED_IMAGES, dtype=int):
+    for place in np.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images)), dtype=int):
         image: dict[str, Any] = images.rows[int(images.indices[place])][images.image_column] or {}
         try:
             with Image.open(io.BytesIO(read_bytes(image))) as file:

@@ -16,7 +16,7 @@ def label_names(network: nn.Module, what: str) -> list[str] | None:
     names, count = network.pretrained_cfg.get('label_names'), network.num_classes
     if isinstance(names, dict):  # where some indices have no name; as JSON has it, with strings for indices
         names = [names.get(str(i), f'class {i}') for i in range(count)]
-    if not names and names != 0:
+    if names in (None, '', [], ()):
         return None
     is_list = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
     if not is_list or len(names) != count:

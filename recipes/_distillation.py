@@ -2,6 +2,7 @@
 from typing import Any
 
 import torch
+from _classes import label_names as names_of
 from _recipe import Recipe
 from _start import find_source, load_network, origin_of
 from timm.task import DistillationTeacher
@@ -36,8 +37,8 @@ def check_teacher(network: nn.Module, label_names: list[str], sizes: set[int]) -
     Raises:
         SystemExit: Says what differs.
     """
-    theirs = network.pretrained_cfg.get('label_names')
-    if network.num_classes != len(label_names) or (theirs and list(theirs) != label_names):
+    theirs = names_of(network, '--kd-model-name')
+    if network.num_classes != len(label_names) or (theirs and theirs != label_names):
         raise SystemExit(
             f'--kd-model-name must be a network of the {len(label_names)} classes of the images, in their order, got '
             f'one of {network.num_classes}: {", ".join(theirs) if theirs else "without names"}'

@@ -43,7 +43,7 @@ def train_epochs(
             finish_epoch(training, train_loader, progress, interruptions, save)
             metrics = evaluate(training, validation_loader, interruptions)
             if metrics is None:
-                save()
+                save()  # and end, because a signal stopped the evaluation
             logged = dict(
                 metrics, train_loss=progress['train_loss'], lr=learning_rate(training.optimizer),
                 epoch_seconds=progress['seconds'])

@@ -29,7 +29,6 @@ def score(
     Args:
         loader: Prepared by the accelerator, which fills up the last batch with images that are not counted.
         num_images: How many images there must be.
-
         interruptions: Of the training that this is part of, if it is.
 
     Returns:

@@ -4,6 +4,8 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
+from fmd_timm.ops.case import memory_format
+
 
 class BatchMixup(Mixup):
     """timm's Mixup, by one draw for all images of an optimizer step.
@@ -25,11 +27,9 @@ class BatchMixup(Mixup):
         """Mixed images (B, C, H, W) in another order, and their targets (B, num_classes)."""
         each = torch.arange(len(images), device=images.device)
         order = torch.cat([each[::2], each[1::2].flip(0)])  # 0, 2, 4, ..., 5, 3, 1: timm's partners are neighbours
-        memory_format = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else \
-            torch.contiguous_format
         state = np.random.get_state()
         np.random.seed(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
         try:
-            return super().__call__(images[order].contiguous(memory_format=memory_format), labels[order])
+            return super().__call__(images[order].contiguous(memory_format=memory_format(images)), labels[order])
         finally:
             np.random.set_state(state)

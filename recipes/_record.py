@@ -25,6 +25,7 @@ HARDWARE = 'device', 'device_type', 'device_count', 'precision', 'cudnn_benchmar
 SECRET = re.compile(r'\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+(?=@)')  # a token, a password in an address
 SECRET_OPTION = re.compile(r'--?[\w-]*(?:token|secret|password|api-?key)', re.IGNORECASE)
 
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file, which takes the place of `path` once it is complete; makes its folder."""

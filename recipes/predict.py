@@ -68,12 +68,12 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
 
 def find_images(arguments: list[Path]) -> list[Path]:
     """The files among the arguments and, sorted, the images in the folders among them; no hidden ones."""
-    paths = []
+    paths, known = [], suffixes()
     for argument in arguments:
         found = [argument]
         if argument.is_dir():
             found = sorted(
-                path for path in argument.rglob('*') if path.suffix.lower() in suffixes() and path.is_file()
+                path for path in argument.rglob('*') if path.suffix.lower() in known and path.is_file()
                 and not any(part.startswith('.') for part in path.relative_to(argument).parts))
             if not found:
                 raise SystemExit(f'folder {argument} has no images')

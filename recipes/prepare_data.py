@@ -61,11 +61,11 @@ class Shard:
 def main(
         dataset: str,
         folder: Path,
-        size: int = 256,
-        shards: int = 64,
-        quality: int = 90,
-        image_column: str | None = None,
-        dataset_config: str | None = None,
+        size: int,
+        shards: int,
+        quality: int,
+        image_column: str | None,
+        dataset_config: str | None,
 ) -> None:
     """Write the shrunk dataset, or what is still missing of it.
 
@@ -79,7 +79,8 @@ def main(
         dataset=dataset_name(dataset), dataset_config=dataset_config, size=size, shards=shards, quality=quality,
         columns=columns, images={split: len(rows) for split, rows in splits.items()})
     if not begin(folder, settings):
-        return print(f'{folder} is complete')
+        print(f'{folder} is complete')
+        return
     planned = [
         Shard(names[split], rows.with_format('arrow'), columns[split], part, path, size, quality)
         for split, rows in splits.items() for part, path in share_out(split, len(rows), shards, unfinished(folder))

@@ -47,6 +47,11 @@ def make_source(folder, files, **columns):
     return folder
 
 
+def prepare(source, folder, **options):
+    argv = [source, str(folder), *(f'--{name}={value}' for name, value in options.items())]
+    prepare_data.main(**vars(prepare_data.parse_prepare_data(argv)))
+
+
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch):
     monkeypatch.setattr(prepare_data, 'usable_cores', lambda: 1)
@@ -64,7 +69,7 @@ def prepared(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp('prepared') / 'new'
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_data, 'usable_cores', lambda: 1)
-        prepare_data.main(str(source), folder, size=16, shards=2)
+        prepare(str(source), folder, size=16, shards=2)
     return folder
 
 
@@ -104,7 +109,7 @@ def test_shards_have_the_hubs_names_and_differ_by_one_row_at_most(prepared):
 
 def test_row_groups_are_small(source, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, 'GROUP', 2)
-    prepare_data.main(str(source), tmp_path / 'new', size=16, shards=1)
+    prepare(str(source), tmp_path / 'new', size=16, shards=1)
     assert pq.ParquetFile(tmp_path / 'new/data/train-00000-of-00001.parquet').num_row_groups == 3
 
 
@@ -131,7 +136,7 @@ def test_a_folder_of_images_is_put_into_the_files(tmp_path):
     for i, label in enumerate(LABEL.names):
         (tmp_path / 'pets/train' / label).mkdir(parents=True)
         (tmp_path / 'pets/train' / label / f'{i}.png').write_bytes(encode(photograph(8, 8), 'PNG'))
-    prepare_data.main(str(tmp_path / 'pets'), tmp_path / 'new', shards=1)
+    prepare(str(tmp_path / 'pets'), tmp_path / 'new', shards=1)
     shutil.rmtree(tmp_path / 'pets')
     rows = _dataset.open_dataset(str(tmp_path / 'new'))['train']
     assert [image.size for image in rows['image']] == [(8, 8)] * 2
@@ -150,13 +155,13 @@ def test_stopped_it_goes_on_and_writes_only_what_is_missing(source, prepared, tm
     with monkeypatch.context() as patch:
         patch.setattr(prepare_data, 'write_all', write_one)
         with pytest.raises(KeyboardInterrupt):
-            prepare_data.main(str(source), folder, size=16, shards=2)
+            prepare(str(source), folder, size=16, shards=2)
     with pytest.raises(SystemExit, match='could not be loaded|was not found'):
         _dataset.open_dataset(str(folder))
     usual = prepare_data.write_all
     monkeypatch.setattr(
         prepare_data, 'write_all', lambda shards: written.extend(shard.path.name for shard in shards) or usual(shards))
-    prepare_data.main(str(source), folder, size=16, shards=2)
+    prepare(str(source), folder, size=16, shards=2)
     assert len(written) == 3 and 'train-00000-of-00002.parquet' not in written
     files = [{path.name: path.read_bytes() for path in (there / 'data').iterdir()} for there in (folder, prepared)]
     assert files[0] == files[1]
@@ -164,17 +169,17 @@ def test_stopped_it_goes_on_and_writes_only_what_is_missing(source, prepared, tm
 
 def test_what_is_complete_is_left_alone(source, prepared, capsys):
     times = {path: path.stat().st_mtime_ns for path in prepared.rglob('*')}
-    prepare_data.main(str(source), prepared, size=16, shards=2)
+    prepare(str(source), prepared, size=16, shards=2)
     assert 'is complete' in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in prepared.rglob('*')}
 
 
 def test_a_folder_with_something_else_is_refused(source, prepared, tmp_path):
     with pytest.raises(SystemExit, match=r'prepared otherwise \(size 16 there and 8 now\), expected the same settings'):
-        prepare_data.main(str(source), prepared, size=8, shards=2)
+        prepare(str(source), prepared, size=8, shards=2)
     (tmp_path / 'holiday.txt').touch()
     with pytest.raises(SystemExit, match='must be a new folder, or one that this command began'):
-        prepare_data.main(str(source), tmp_path)
+        prepare(str(source), tmp_path)
 
 
 @pytest.mark.parametrize('place', [0, 100], ids=['found while the size is estimated', 'found by a process'])
@@ -185,14 +190,14 @@ def test_an_image_that_cannot_be_decoded_is_named_with_its_row_and_file(place, t
     files[row] = files[row][:40]
     source = make_source(tmp_path / 'pets', files)
     with pytest.raises(SystemExit, match=rf"split 'train': the image in row {row} \({row}.png\) cannot be decoded: ."):
-        prepare_data.main(str(source), tmp_path / 'new', shards=1)
+        prepare(str(source), tmp_path / 'new', shards=1)
 
 
 def test_a_process_that_is_killed_ends_the_others(source, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, 'check_space', lambda folder, missing: None)
     monkeypatch.setattr(prepare_data, 'shrink', lambda *args: os.kill(os.getpid(), 9))  # the processes are forks
     with pytest.raises(SystemExit, match='a process was killed, perhaps for its memory: the same command goes on'):
-        prepare_data.main(str(source), tmp_path / 'new')
+        prepare(str(source), tmp_path / 'new')
 
 
 def test_where_the_first_process_is_killed_the_others_end(source, tmp_path):
@@ -207,7 +212,7 @@ def shrink(*args):
 multiprocessing.set_start_method('fork', force=True)  # the processes know the shrink of this one
 prepare_data.check_space = lambda *args: None
 prepare_data.shrink, prepare_data.usable_cores = shrink, lambda: 1
-prepare_data.main({str(source)!r}, pathlib.Path('new'))
+prepare_data.main(**vars(prepare_data.parse_prepare_data([{str(source)!r}, 'new'])))
 """
     recipes = Path(prepare_data.__file__).parent
     done = processes.run('-c', script, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(recipes)))
@@ -221,11 +226,11 @@ prepare_data.main({str(source)!r}, pathlib.Path('new'))
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(source, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data.shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(SystemExit, match='needs about 0.0 GB, and its disk has 0.0 GB left'):
-        prepare_data.main(str(source), tmp_path / 'new')
+        prepare(str(source), tmp_path / 'new')
     assert not list(tmp_path.rglob('*.parquet'))
 
 
 def test_processes_that_are_not_forks_of_this_one_do_it_too(source, prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocessing, 'get_context', lambda method=None: processes.FORKS)
-    prepare_data.main(str(source), tmp_path / 'new', size=16, shards=2)
+    prepare(str(source), tmp_path / 'new', size=16, shards=2)
     assert rows_of(tmp_path / 'new') == rows_of(prepared)
