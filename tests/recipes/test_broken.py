@@ -109,7 +109,7 @@ def make_images(size, labels, names):
 def test_images_far_from_the_size_that_the_network_gets_are_worth_a_warning(size, image_size, warns, capsys):
     _broken.warn_of_images(make_images(size, [0, 1], ['a', 'b']), make_recipe('set', image_size=image_size))
     warning = (
-        f"warning: the images of set split 'train' have {size} pixels on their shorter side (median of 64), the "
+        f"warning: the images of set split 'train' have {size} pixels on their shorter side (median of 2), the "
         f'network gets {image_size}: see --image-size\n')
     assert capsys.readouterr().out == (warning if warns else '')
 
