@@ -1,8 +1,11 @@
 """A Hugging Face dataset: where it is, its configuration, its splits, and which of its columns are meant."""
+import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow.parquet
 from datasets.data_files import SPLIT_KEYWORDS
@@ -39,7 +42,8 @@ def open_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
         return load_digits()
     expected = "expected 'digits', a folder of parquet files or images, or a dataset id on the Hub"
     try:
-        dataset = datasets.load_dataset(name, config)
+        with listed_once():
+            dataset = datasets.load_dataset(name, config)
     except datasets.exceptions.DatasetNotFoundError as error:
         if 'gated' in str(error):
             raise SystemExit(
@@ -57,6 +61,20 @@ def open_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
         raise SystemExit(f'dataset {name!r} could not be loaded, {expected}: {reason}') from error
     check_files(name, dataset)
     return dataset
+
+
+@contextlib.contextmanager
+def listed_once():
+    """Within it a folder is listed once.
+
+    `datasets` looks for splits and tables in it with 46 patterns, and `fsspec` would list all its files for each.
+    """
+    local = fsspec.filesystem('file')  # there is one in a thread, which `datasets` gets too
+    local.find = functools.cache(local.find)
+    try:
+        yield
+    finally:
+        del local.find
 
 
 def check_files(name: str, dataset: datasets.DatasetDict) -> None:

@@ -1,4 +1,6 @@
 """Datasets as people have them: folders, text labels, configurations, slices, held-out images, classes by name."""
+import os
+
 import _data
 import _dataset
 import _labels
@@ -183,6 +185,23 @@ def test_a_file_that_comes_in_both_splits_is_noticed(tmp_path):
     write_files(tmp_path, 'train/train/1.png', 'train/bus/2.png', 'val/train/3.png', 'val/bus/4.png')
     with pytest.raises(SystemExit, match="have images in common: '.*/val/train/3.png'"):
         _data.open_images(make_recipe(tmp_path, batch_size=1))
+
+
+def test_a_folder_is_listed_once_however_many_files_it_has(tmp_path, monkeypatch):
+    """`datasets` would list all its files for each of 46 patterns."""
+    write_files(tmp_path, *(f'{split}/{label}/1.png' for split in ('train', 'test') for label in 'ab'))
+    listed, scandir = [], os.scandir
+
+    def counted(path):
+        listed.append(str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', counted)
+    for _ in range(2):
+        assert len(_dataset.open_dataset(str(tmp_path))['train']) == 2
+    assert 1 <= listed.count(str(tmp_path / 'train' / 'a')) < 10
+    write_files(tmp_path, 'train/b/2.png')
+    assert len(_dataset.open_dataset(str(tmp_path))['train']) == 3
 
 
 @pytest.mark.parametrize('name', ['my flowers', 'flowers (2024)', 'фото'])
