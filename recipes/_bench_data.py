@@ -2,7 +2,8 @@
 
 On one core, images are decoded and transformed as training does it (ours), and in the plain way: by Pillow and timm's
 own transforms, which give the same pixels. The two take turns; a ratio is the median of those within the rounds. Then
-the recipe's loading processes read an epoch in each round, or its first batches.
+the recipe's loading processes read an epoch in each round, or its first batches. Images that stay on the device were
+decoded before.
 """
 import dataclasses
 import itertools
@@ -17,7 +18,7 @@ import psutil
 import torch
 from _accelerator import make_accelerator, usable_cores
 from _data import LabelledImages, open_images, read_bytes, refuse_bad_images
-from _loaders import batches_of, make_loaders
+from _loaders import batches_of, make_loaders, stay_on_device
 from _measure import synchronize
 from _recipe import Recipe
 from _record import circumstances, device_name, public, read_json, write_for_device
@@ -51,15 +52,17 @@ def main(preset: str, recipe: Recipe, rounds: int) -> None:
     asked, recipe = recipe, complete(recipe, network)
     config = data_config(recipe, network)
     images = open_images(recipe)
-    loader = accelerator.prepare(make_loaders(recipe, images, config, accelerator.device.type == 'cuda')[0])
+    loaders = make_loaders(accelerator, recipe, images, config)
+    loader = accelerator.prepare(loaders[0])
     open_seconds = time.perf_counter() - start
-    per_core = time_one_core(images['train'], plain_transform(recipe, recipe.image_size, config), rounds)
+    per_core = time_one_core(images['train'], loader, plain_transform(recipe, recipe.image_size, config), rounds)
     epochs = [time_epoch(accelerator, loader, epoch) for epoch in tqdm(range(rounds), 'epochs', leave=False)]
     record = dict(
         what='data', device=device, cores=usable_cores(), to=device_name(accelerator.device), preset=preset,
         recipe=public(dataclasses.asdict(asked)), images=len(images['train']), image_size=recipe.image_size,
         num_workers=recipe.num_workers, decoder='torchcodec' if _images.decode_jpeg else 'Pillow',
-        open_seconds=open_seconds, per_core=per_core, epochs=epochs, **circumstances('bench.py'),
+        images_on_device=stay_on_device(loaders), open_seconds=open_seconds, per_core=per_core, epochs=epochs,
+        **circumstances('bench.py'),
     )
     print(HEAD, row_of(record), sep='\n')
     write_for_device(RESULTS, f'.{preset}', record)
@@ -78,14 +81,21 @@ def plain_transform(recipe: Recipe, size: int, config: dict) -> Callable:
     return transforms.Compose([*crop, *flip, *augment, transforms.PILToTensor()])
 
 
-def time_one_core(images: LabelledImages, plain: Callable, rounds: int) -> dict[str, list[float]]:
+def time_one_core(
+        images: LabelledImages, loader: DataLoader, plain: Callable, rounds: int) -> dict[str, list[float]]:
     """Images per second of CPU time by both ways in each round, after one that warms up."""
-    def read_plain(place: int) -> None:
-        row = images.rows[int(images.indices[place])]
-        plain(_images.decode(read_bytes(row[images.image_column])))
+    def read_plain(places: list[int]) -> None:
+        for place in places:
+            row = images.rows[int(images.indices[place])]
+            plain(_images.decode(read_bytes(row[images.image_column])))
 
-    def read(place: int) -> None:
-        images.transform(images.read(place)[0])
+    def read(places: list[int]) -> None:
+        if hasattr(loader.dataset, '__getitems__'):
+            for start in range(0, len(places), loader.total_batch_size):
+                loader.dataset.__getitems__(places[start:start + loader.total_batch_size])
+        else:
+            for place in places:
+                images.transform(images.read(place)[0])
 
     ways = dict(plain=read_plain, ours=read)
     speeds = {name: [] for name in ways}
@@ -96,8 +106,7 @@ def time_one_core(images: LabelledImages, plain: Callable, rounds: int) -> dict[
         chosen = list(itertools.islice(places, count))
         for name in ways if turn % 2 else reversed(ways):
             start = time.process_time()
-            for place in chosen:
-                ways[name](place)
+            ways[name](chosen)
             seconds = time.process_time() - start
             if turn:
                 speeds[name].append(count / seconds)
@@ -131,7 +140,8 @@ def row_of(record: dict[str, Any]) -> str:
         f'`{record["preset"]}`, {record["images"]:,} images, {record["image_size"]} px',
         *(f'{statistics.median(speeds):,.0f}' for speeds in (plain, ours)),
         f'**{statistics.median(a / b for a, b in zip(ours, plain)):.2f}**',
-        f'{rate:,.0f} by {record["num_workers"]}', f'{first["first_batch_seconds"]:.1f} s',
+        f'{rate:,.0f} {"on the device" if record.get("images_on_device") else "by {num_workers}".format(**record)}',
+        f'{first["first_batch_seconds"]:.1f} s',
         f'{first["private_memory_mib"]:,.0f}, {last["private_memory_mib"]:,.0f} MiB',
     ]
     return f'| {" | ".join(cells)} |'

@@ -10,11 +10,12 @@ import torch
 import torchvision.transforms.v2.functional as F
 from _data import LabelledImages
 from _recipe import Recipe
-from accelerate import skip_first_batches
+from _resident import CroppedImages, ResidentImages, crops_batches, have_room
+from accelerate import Accelerator, skip_first_batches
 from timm.data import RandomResizedCropAndInterpolation, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_convert
 from torchvision import transforms
 from torchvision.transforms import v2
 
@@ -110,25 +111,44 @@ class RepeatedRows(RepeatAugSampler):
 
 
 def make_loaders(
+        accelerator: Accelerator,
         recipe: Recipe,
         images: dict[str, LabelledImages],
         data_config: dict,
-        pin_memory: bool,
 ) -> tuple[DataLoader, DataLoader]:
     """Batches to train and to validate on, of the images that open_images found; sets their transforms."""
-    images['train'].transform = ProgressiveTransform(recipe, data_config, images['train'].epoch)
-    images['validation'].transform = eval_transform(data_config)
-    kwargs = dict(
-        batch_size=recipe.batch_size // recipe.accumulate, num_workers=recipe.num_workers,
-        persistent_workers=recipe.num_workers > 0, pin_memory=pin_memory,
-        generator=torch.Generator(),  # not the global one: an epoch may begin anywhere and must not disturb a step
-    )
+    train, validation = images['train'], images['validation']
+    validation.transform = eval_transform(data_config)
+    batch_size = recipe.batch_size // recipe.accumulate
+    order = dict(shuffle=True)
     if recipe.aug_repeats > 1:
-        order = dict(sampler=RepeatedRows(images['train'], recipe.aug_repeats, kwargs['batch_size']))
+        order = dict(sampler=RepeatedRows(train, recipe.aug_repeats, batch_size))
+    loading = dict(
+        num_workers=recipe.num_workers, persistent_workers=recipe.num_workers > 0,
+        pin_memory=accelerator.device.type == 'cuda')
+    if crops_batches(recipe):
+        train.transform = v2.Resize((recipe.train_size(0),) * 2)
+        resident = None
+        if have_room(accelerator, recipe, images):
+            resident, validation = (ResidentImages(accelerator, of, recipe.num_workers) for of in (train, validation))
+            loading = {}  # there is nothing left to load
+        train = CroppedImages(train, recipe, resident)
     else:
-        order = dict(shuffle=True)
-    train_loader = DataLoader(images['train'], drop_last=True, **order, **kwargs)
-    return train_loader, DataLoader(images['validation'], **kwargs)
+        train.transform = ProgressiveTransform(recipe, data_config, train.epoch)
+
+    def load(dataset: Dataset, **kwargs) -> DataLoader:
+        return DataLoader(
+            dataset, batch_size, **kwargs, **loading,
+            collate_fn=default_convert if hasattr(dataset, '__getitems__') else None,  # it has whole batches
+            generator=torch.Generator(),  # not the global one: an epoch may begin anywhere and must not disturb a step
+        )
+
+    return load(train, drop_last=True, **order), load(validation)
+
+
+def stay_on_device(loaders: tuple[DataLoader, DataLoader]) -> bool:
+    """Whether the images are decoded once and stay there, both parts; `loaders` are what make_loaders returned."""
+    return isinstance(loaders[1].dataset, ResidentImages)
 
 
 def batches_of(loader: DataLoader, epoch: int, first: int = 0) -> Iterable:
@@ -136,16 +156,11 @@ def batches_of(loader: DataLoader, epoch: int, first: int = 0) -> Iterable:
 
     A run that was stopped within an epoch goes on with them. They and what is drawn for their augmentation must be
     those of an uninterrupted epoch, so they depend on seed, epoch and number alone, and no global generator is drawn
-    from. A loader that isn't a DataLoader has `set_epoch`, and `skip_first_batches` of its own.
+    from.
     """
     loader.set_epoch(epoch)
-    if isinstance(loader, DataLoader):
-        loader.dataset.set_epoch(epoch)  # which accelerate does on one process alone
-    if not first:
-        return loader
-    if hasattr(loader, 'skip_first_batches'):
-        return loader.skip_first_batches(first)
-    return skip_first_batches(loader, first)
+    loader.dataset.set_epoch(epoch)  # which accelerate does on one process alone
+    return skip_first_batches(loader, first) if first else loader
 
 
 class Normalize(torch.nn.Module):

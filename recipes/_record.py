@@ -117,7 +117,7 @@ def new_leg(accelerator: Accelerator) -> dict[str, Any]:
     """A part of a run: what one start of it trains on, and the seconds of each epoch that it finishes.
 
     `data_wait_seconds` are those in which the main process waited for images. Its device may have been busy with the
-    step before, so it waited for no more than that.
+    step before, so it waited for no more than that. `images_on_device` is added: whether they stay there.
     """
     return dict(
         hardware(accelerator), versions=versions(), git_commit=git_commit(), epoch_seconds=[], data_wait_seconds=[])

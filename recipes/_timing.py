@@ -27,7 +27,7 @@ import torch
 from _accelerator import make_accelerator
 from _data import open_images, refuse_bad_images
 from _distillation import check_teacher, load_teacher
-from _loaders import make_loaders
+from _loaders import make_loaders, stay_on_device
 from _measure import time_inference
 from _recipe import Recipe
 from _record import circumstances, hardware, public, write_json
@@ -47,7 +47,7 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
         check_names(dataclasses.replace(recipe, model=name))
     accelerator = make_accelerator(recipe, output)
     torch.backends.cudnn.benchmark = True  # each method is timed with the algorithms that are fastest here
-    device, is_main = accelerator.device, accelerator.is_main_process
+    is_main = accelerator.is_main_process
     with accelerator.local_main_process_first():
         images = open_images(recipe)
         teacher, _ = load_teacher(recipe)
@@ -63,7 +63,8 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
     config = data_config(recipe, networks[models[0]])
     if teacher:
         check_teacher(teacher, label_names, timed.train_sizes())
-    loader = accelerator.prepare(make_loaders(timed, images, config, device.type == 'cuda')[0])
+    loaders = make_loaders(accelerator, timed, images, config)
+    loader = accelerator.prepare(loaders[0])
     steps_per_epoch = math.ceil(len(loader) / recipe.accumulate)
     trainings = {
         name: make_training(accelerator, timed, network, config, images['train'], STEPS, teacher)
@@ -98,7 +99,8 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
             steps_per_epoch=steps_per_epoch, **timings, infer_batch=infer_batch,
             train_images=len(images['train']), validation_images=len(images['validation']),
             num_classes=len(images['train'].label_names), **hardware(accelerator), channels_last=recipe.channels_last,
-            input_size=input_size, global_batch=recipe.batch_size, **circumstances('_timing.py'),
+            images_on_device=stay_on_device(loaders), input_size=input_size, global_batch=recipe.batch_size,
+            **circumstances('_timing.py'),
         ))
     accelerator.end_training()
 

@@ -26,7 +26,7 @@ from _accelerator import make_accelerator
 from _data import LabelledImages, open_images, refuse_bad_images
 from _dataset import dataset_name
 from _distillation import check_teacher, load_teacher
-from _loaders import make_loaders
+from _loaders import make_loaders, stay_on_device
 from _loop import train_epochs
 from _measure import count_gmacs, peak_memory_mib, time_inference
 from _output import open_output
@@ -99,8 +99,9 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     if teacher:
         check_teacher(teacher, label_names, recipe.train_sizes())
     config = data_config(recipe, network)
-    train_loader, validation_loader = accelerator.prepare(
-        *make_loaders(recipe, images, config, pin_memory=device.type == 'cuda'))
+    loaders = make_loaders(accelerator, recipe, images, config)
+    progress['legs'][-1]['images_on_device'] = stay_on_device(loaders)
+    train_loader, validation_loader = accelerator.prepare(*loaders)
     steps_per_epoch = math.ceil(len(train_loader) / recipe.accumulate)
     training = make_training(
         accelerator, recipe, network, config, images['train'], recipe.epochs * steps_per_epoch, teacher)

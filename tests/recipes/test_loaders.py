@@ -34,14 +34,13 @@ def loaders_of(recipe, images, process, processes):
     return [prepare_data_loader(
         loader, num_processes=processes, process_index=process, split_batches=True, use_seedable_sampler=True,
         data_seed=recipe.seed, put_on_device=False, rng_types=['generator'],
-    ) for loader in _loaders.make_loaders(recipe, images, CONFIG, pin_memory=False)]
+    ) for loader in _loaders.make_loaders(Accelerator(cpu=True), recipe, images, CONFIG)]
 
 
 @pytest.mark.parametrize('processes', [1, 2, 3])
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_processes_and_workers_share_out_the_images(processes, num_workers, numbered, fresh_accelerator):
     """Each is read once an epoch, with an augmentation that depends on epoch and row alone."""
-    Accelerator(cpu=True)
     recipe = make_recipe('noise', batch_size=12, crop='rrc', hflip=0.5, aa='rand-m5', num_workers=num_workers, seed=3)
     images = {split: LabelledImages(rows, split, split, seed=recipe.seed) for split, rows in numbered.items()}
     train, validation = zip(*(loaders_of(recipe, images, process, processes) for process in range(processes)))
@@ -110,7 +109,6 @@ def test_validation_pixels_are_timms(interpolation, crop_mode, photo):
 @pytest.mark.slow
 def test_loading_processes_can_be_spawned(numbered, fresh_accelerator):
     """As on Windows and macOS: what they are given can be pickled, and the epoch reaches them."""
-    Accelerator(cpu=True)
     recipe = make_recipe('noise', batch_size=12, crop='rrc', aa='rand-m5', num_workers=1, seed=3)
     images = {split: LabelledImages(rows, split, split, seed=recipe.seed) for split, rows in numbered.items()}
     loader = loaders_of(recipe, images, 0, 1)[0]
@@ -122,7 +120,6 @@ def test_loading_processes_can_be_spawned(numbered, fresh_accelerator):
 
 @pytest.mark.parametrize('processes', [1, 2, 3])
 def test_repeated_augmentation_shows_fewer_images_more_often(processes, numbered, fresh_accelerator):
-    Accelerator(cpu=True)
     recipe = make_recipe('noise', batch_size=12, crop='rrc', aug_repeats=3, seed=3)
     images = {split: LabelledImages(rows, split, split, seed=recipe.seed) for split, rows in numbered.items()}
     loaders = [loaders_of(recipe, images, process, processes)[0] for process in range(processes)]
@@ -144,11 +141,10 @@ def test_repeated_augmentation_shows_fewer_images_more_often(processes, numbered
 @pytest.mark.parametrize('aug_repeats', [1, 3])
 def test_an_epoch_goes_on_at_any_batch_with_the_same_images(
         processes, num_workers, aug_repeats, digits_folder, fresh_accelerator):
-    Accelerator(cpu=True)
     recipe = make_recipe(digits_folder, aa='rand-m5', num_workers=num_workers, aug_repeats=aug_repeats)
     images = open_images(recipe)
     data_config = dict(resolve_data_config(dict(img_size=8)), input_size=(3, 8, 8))
-    loader = _loaders.make_loaders(recipe, images, data_config, pin_memory=False)[0]
+    loader = _loaders.make_loaders(Accelerator(cpu=True), recipe, images, data_config)[0]
     for process in range(processes):
         prepared = prepare_data_loader(
             loader, num_processes=processes, process_index=process, split_batches=True, use_seedable_sampler=True,
@@ -161,16 +157,3 @@ def test_an_epoch_goes_on_at_any_batch_with_the_same_images(
             assert torch.equal(labels, expected_labels) and torch.equal(pixels, expected)
         assert not torch.equal(epochs[1][2][0], epochs[2][2][0])
         assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
-
-
-def test_a_loader_of_another_kind_skips_batches_itself():
-    class Loader:
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-
-        def skip_first_batches(self, first):
-            return range(first, 4)
-
-    loader = Loader()
-    assert _loaders.batches_of(loader, 3) is loader and loader.epoch == 3
-    assert list(_loaders.batches_of(loader, 3, first=2)) == [2, 3]

@@ -50,7 +50,7 @@ def test_a_record_says_how_long_the_device_waited_for_images(digits_folder, tmp_
         return read(self, row)
 
     monkeypatch.setattr(_data.LabelledImages, 'read', slowly)
-    result = run(make_recipe(digits_folder), tmp_path)
+    result = run(make_recipe(digits_folder, aa='rand-m5'), tmp_path)
     leg, = result['legs']
     for seconds, waited in zip(leg['epoch_seconds'], leg['data_wait_seconds'], strict=True):
         assert 64 * 0.005 <= waited <= seconds
@@ -141,7 +141,12 @@ train.main(**vars(train.parse_train(sys.argv[1:])))
     assert lines['images'] == '50'
 
 
-def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(digits_folder, tmp_path):
+@pytest.mark.parametrize('options, draw, argument, calls', [
+    (('--aa', 'rand-m5'), '_data._seeded', 1, 64),  # its half of the images to train on and to validate
+    ((), '_resident.draw_crops', 4, 4),  # each batch
+])
+def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(
+        options, draw, argument, calls, digits_folder, tmp_path):
     """Every image has a label of its own, which the loss function sees."""
     rows = _dataset.open_dataset(str(digits_folder))
     for split, count in ('train', 64), ('test', 64):
@@ -152,16 +157,16 @@ def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(di
     script = tmp_path / 'script.py'
     script.write_text(f'''
 import os, sys
-import _data, _training, tiny, train
+import _data, _resident, _training, tiny, train
 
-seeded = _data._seeded
+draw = {draw}
 
-def recorded(seed, epoch, row):
+def recorded(*args):
     with open({str(tmp_path)!r} + '/epochs' + os.environ['RANK'], 'a') as file:
-        file.write(str(epoch))
-    return seeded(seed, epoch, row)
+        file.write(str(args[{argument}]))
+    return draw(*args)
 
-_data._seeded = recorded
+{draw} = recorded
 
 class Recorder(_training.nn.CrossEntropyLoss):
     def forward(self, logits, labels):
@@ -173,7 +178,7 @@ _training.nn.CrossEntropyLoss = Recorder
 train.main(**vars(train.parse_train(sys.argv[1:])))
 ''')
     launch(2, script, 'digits', '--model', tiny.NAME, '--dataset', tmp_path / 'rows', '--epochs', 2, '--batch-size', 16,
-           '--tracker', 'none', '--output', tmp_path / 'run')
+           '--tracker', 'none', '--output', tmp_path / 'run', *options)
     lines = [(tmp_path / f'labels{rank}').read_text().splitlines() for rank in (0, 1)]
     seen = [[list(map(int, line.split())) for line in of_rank] for of_rank in lines]
     assert [len(lines) for lines in seen] == [8, 8]  # 2 epochs of 64 / 16 steps
@@ -183,7 +188,7 @@ train.main(**vars(train.parse_train(sys.argv[1:])))
     assert seen[0][:4] != seen[0][4:]
     for rank in 0, 1:  # and with new augmentation
         epochs = (tmp_path / f'epochs{rank}').read_text()
-        assert epochs.count('0') == epochs.count('1') == 64  # its half of the images to train on and to validate
+        assert epochs.count('0') == epochs.count('1') == calls
 
 
 @pytest.mark.parametrize('every, kept', [
