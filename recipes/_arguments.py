@@ -128,6 +128,8 @@ def parse_evaluate(argv: list[str], description: str | None = None) -> argparse.
     parser.add_argument('--split', help=f'the first of {", ".join(VALIDATION_SPLITS)} by default')
     parser.add_argument('--image-column', help='column of images; found from the features')
     parser.add_argument('--label-column', help='column of labels; found from the features and names')
+    parser.add_argument(
+        '--streaming', action='store_true', help='read images while evaluating, without a copy of them on the disk')
     parser.add_argument('--batch-size', type=int, default=256, help='images per step, over all processes (256)')
     parser.add_argument('--num-workers', type=int, default=4, help='data loading processes per process (4)')
     return parser.parse_args(argv)

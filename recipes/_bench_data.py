@@ -86,8 +86,8 @@ def time_one_core(
     """Images per second of CPU time by both ways in each round, after one that warms up."""
     def read_plain(places: list[int]) -> None:
         for place in places:
-            row = images.rows[int(images.indices[place])]
-            plain(_images.decode(read_bytes(row[images.image_column])))
+            image, _ = images.find(place)
+            plain(_images.decode(read_bytes(image)))
 
     def read(places: list[int]) -> None:
         if hasattr(loader.dataset, '__getitems__'):

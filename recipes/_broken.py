@@ -1,7 +1,6 @@
 """Images that can't be decoded: found before training, and left out or refused; what else about the images is odd."""
 import io
 import statistics
-from typing import Any
 
 import numpy as np
 from _data import LabelledImages, read_bytes
@@ -40,8 +39,8 @@ def check(accelerator: Accelerator, recipe: Recipe, images: dict[str, LabelledIm
     """Decode all images once, each process its share of them, so that broken ones are known before training.
 
     Large splits are checked only where --on-bad-image says to leave broken images out: which ones are left out is then
-    known to all processes before the first step, and to a run that goes on later. Otherwise a broken image ends the
-    run when it comes.
+    known to all processes before the first step, and to a run that goes on later. Otherwise, and where images are
+    streamed, a broken image ends the run when it comes.
 
     Args:
         accelerator: Of the run.
@@ -56,7 +55,7 @@ def check(accelerator: Accelerator, recipe: Recipe, images: dict[str, LabelledIm
     """
     unread = {}
     for part, of in images.items():
-        if len(of) > CHECKED_IMAGES and recipe.on_bad_image == 'stop':
+        if recipe.streaming or len(of) > CHECKED_IMAGES and recipe.on_bad_image == 'stop':
             unread[part] = None
             continue
         errors = find_errors(accelerator, of, recipe.num_workers)
@@ -111,11 +110,11 @@ def warn_of_images(images: dict[str, LabelledImages], recipe: Recipe) -> None:
 
 
 def shorter_sides(images: LabelledImages) -> list[int]:
-    """Pixels of some images, evenly spread; their files' headers tell."""
+    """Pixels of some images; their files' headers tell."""
     sides = []
-    for place in np.linspace(0, len(images) - 1, min(SAMPLED_IMAGES, len(images)), dtype=int):
-        image: dict[str, Any] = images.rows[int(images.indices[place])][images.image_column] or {}
+    for place in images.sample(SAMPLED_IMAGES):
         try:
+            image, _ = images.find(place)
             with Image.open(io.BytesIO(read_bytes(image))) as file:
                 sides.append(min(file.size))
         except Exception:  # a broken one is named when it is decoded

@@ -6,7 +6,6 @@ sha256 of every file. Reading a checkpoint runs no code from it: weights, averag
 is JSON, and accelerate reads the states of optimizer and random generators with `weights_only`.
 """
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import numpy as np
 from _accelerator import on_all
 from _data import LabelledImages
 from _record import read_json, sha256, write_json
@@ -84,7 +82,7 @@ def check_images(
     ours = {
         part: dict(
             split=of.split, number=len(of), label_names=of.label_names,
-            labels_sha256=hashlib.sha256(np.asarray(of.labels(), np.int64).tobytes()).hexdigest(),
+            labels_sha256=of.labels_sha256(),
         ) for part, of in images.items()}
     for part in ours if theirs else ():
         for name, value in ours[part].items():

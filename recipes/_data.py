@@ -1,5 +1,6 @@
 """Labelled images for the recipes: the rows of a split with their classes, and reading an image of them."""
 import copy
+import hashlib
 import random
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,11 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
-from _dataset import Parts, choose_parts, find_image_column, open_dataset, overlap, shortened, take_parts
+from _dataset import Parts, Rows, choose_parts, find_image_column, open_dataset, overlap, shortened, take_parts
 from _images import BadImage, decode_pixels
-from _labels import are_numbers, find_label_column, new_numbers, read_labels
+from _labels import are_numbers, declared_names, find_label_column, new_numbers, read_labels
 from _recipe import VALIDATION_SPLITS, Recipe
+from _streaming import ParquetRows
 from datasets.utils.file_utils import xopen
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -38,7 +40,7 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def __init__(
             self,
-            rows: datasets.Dataset,
+            rows: Rows,
             split: str,
             name: str,
             transform: Callable[[Tensor], Tensor] | None = None,
@@ -47,16 +49,20 @@ class LabelledImages(torch.utils.data.Dataset):
             seed: int = 0,
     ):
         self.split, self.name = split, name
-        self.kind = rows.info.builder_name  # 'imagefolder', 'parquet', ...
         self.image_column = find_image_column(rows, name, image_column)
         self.label_column = find_label_column(rows, name, label_column)
-        self.targets, self.label_names, self.is_declared = read_labels(rows, name, self.label_column)
-        self.rows = rows.select_columns([self.image_column]).cast_column(
-            self.image_column, datasets.Image(decode=False))
+        self.take(rows)
         self.indices = np.arange(len(rows))  # of the rows that are used
         self.transform = transform
         self.seed = seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+
+    def take(self, rows: datasets.Dataset) -> None:
+        """Keep the images, and read all labels."""
+        self.kind = rows.info.builder_name  # 'imagefolder', 'parquet', ...
+        self.targets, self.label_names, self.is_declared = read_labels(rows, self.name, self.label_column)
+        self.rows = rows.select_columns([self.image_column]).cast_column(
+            self.image_column, datasets.Image(decode=False))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
@@ -123,18 +129,63 @@ class LabelledImages(torch.utils.data.Dataset):
             BadImage: It can't be read; names its row, and its file where it has one.
         """
         row = int(self.indices[place])
-        image = self.rows[row][self.image_column] or {}
+        image, label = self.find(place)
         try:
-            return decode_pixels(read_bytes(image)), int(self.targets[place])
+            return decode_pixels(read_bytes(image)), label
         except Exception as error:  # Pillow's plugins raise what they like
             file = f' ({image["path"]})' if image.get('path') else ''
             raise BadImage(f'{self.name}: the image in row {row}{file} cannot be decoded: {error}') from error
+
+    def find(self, place: int) -> tuple[dict[str, Any], int]:
+        """The image as `datasets.Image(decode=False)` has it, and its label."""
+        return self.rows[int(self.indices[place])][self.image_column] or {}, int(self.targets[place])
+
+    def sample(self, count: int) -> Sequence[int]:
+        """The places of some images, evenly spread."""
+        return np.linspace(0, len(self) - 1, min(count, len(self)), dtype=int).tolist()
+
+    def labels_sha256(self) -> str:
+        """By which a run that goes on knows the images again."""
+        return hashlib.sha256(np.asarray(self.targets, np.int64).tobytes()).hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image `index`; beyond their number once more, with another augmentation."""
         image, label = self.read(index % len(self))
         with _seeded(self.seed, int(self.epoch), index):
             return self.transform(image), label
+
+
+class StreamedImages(LabelledImages):
+    """The same of rows that are read when they are needed. Their labels are read with them.
+
+    `targets` has the number of each class that the dataset declares, and not of each image.
+    """
+
+    def take(self, rows: ParquetRows) -> None:
+        self.kind, self.is_declared = 'parquet', True
+        self.label_names = declared_names(rows, self.name, self.label_column)
+        self.targets = np.arange(len(self.label_names))
+        self.rows = rows.select_columns([self.image_column, self.label_column])
+
+    def find(self, place: int) -> tuple[dict[str, Any], int]:
+        try:
+            row = self.rows[place]
+        except Exception as error:  # of the network, the disk or the file
+            reason = ' '.join(str(error).split())  # of several lines
+            raise BadImage(f'{self.name}: row {place} cannot be read: {reason}') from error
+        label = row[self.label_column]
+        if label is None or not 0 <= label < len(self.targets):
+            raise BadImage(
+                f'{self.name}: label {label!r} in row {place} is outside the {len(self.targets)} classes, expected 0 '
+                f'to {len(self.targets) - 1}')
+        return row[self.image_column] or {}, int(self.targets[label])
+
+    def sample(self, count: int) -> Sequence[int]:
+        """Of one row group, because others are far away."""
+        return range(min(count, len(self.rows.pieces[0])))
+
+    def labels_sha256(self) -> str:
+        return hashlib.sha256(repr(self.rows.sizes()).encode()).hexdigest()
 
 
 def read_bytes(image: dict[str, Any]) -> bytes:
@@ -178,10 +229,10 @@ def _seeded(*entropy: int):
 def open_images(recipe: Recipe) -> dict[str, LabelledImages]:
     """The images to train and to validate on, of the same classes, without their transforms."""
     name = recipe.dataset
-    dataset = open_dataset(name, recipe.dataset_config)
+    dataset = open_dataset(name, recipe.dataset_config, recipe.streaming)
 
     def open_part(split: str, parts: Parts) -> LabelledImages:
-        return LabelledImages(
+        return (StreamedImages if recipe.streaming else LabelledImages)(
             take_parts(dataset, parts), split, f'{name} split {split!r}', image_column=recipe.image_column,
             label_column=recipe.label_column, seed=recipe.seed)
 

@@ -1,13 +1,15 @@
 """A Hugging Face dataset: where it is, its configuration, its splits, and which of its columns are meant."""
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
+from _streaming import ParquetRows, open_streamed, read_schema
 from datasets.data_files import SPLIT_KEYWORDS
 from PIL import Image
 
@@ -32,18 +34,28 @@ def load_digits() -> datasets.DatasetDict:
     })
 
 
-def open_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
-    """`name`: 'digits', a folder of parquet files or images that `datasets` can load, or an id on the Hub.
+Rows = datasets.Dataset | ParquetRows  # of a split
+
+
+def open_dataset(name: str, config: str | None = None, streaming: bool = False) -> dict[str, Rows]:
+    """The splits of a dataset.
+
+    Args:
+        name: 'digits', a folder of parquet files or images that `datasets` can load, or an id on the Hub.
+        config: Of those that it has.
+        streaming: Read the rows when they are needed, and copy none to the disk.
 
     Raises:
         SystemExit: There is none, it can't be loaded, or it has several configurations and none is named.
     """
     if name == 'digits' and config is None:
+        if streaming:
+            raise SystemExit('--streaming reads parquet files, and digits are a part of scikit-learn: leave it out')
         return load_digits()
     expected = "expected 'digits', a folder of parquet files or images, or a dataset id on the Hub"
     try:
         with listed_once():
-            dataset = datasets.load_dataset(name, config)
+            dataset = open_streamed(name, config) if streaming else datasets.load_dataset(name, config)
     except datasets.exceptions.DatasetNotFoundError as error:
         if 'gated' in str(error):
             raise SystemExit(
@@ -51,7 +63,7 @@ def open_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
                 f'then log in with `hf auth login` or set HF_TOKEN'
             ) from error
         raise SystemExit(f'dataset {name!r} was not found, {expected}: {error}') from error
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, pa.ArrowException) as error:
         reason = f'{type(error).__name__}: {error}'
         configs = config_names(name)
         if len(configs) > 1 and config not in configs:
@@ -59,7 +71,12 @@ def open_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
                 f'dataset {name!r} has several configurations: name one with --dataset-config: {", ".join(configs)}'
             ) from error
         raise SystemExit(f'dataset {name!r} could not be loaded, {expected}: {reason}') from error
-    check_files(name, dataset)
+    features = next(iter(dataset.values())).features
+    if streaming:
+        urls = {piece.url for rows in dataset.values() for piece in rows.pieces}
+        check_files(name, features, ((url, read_schema(url)) for url in urls))
+    elif Path(name).is_dir():
+        check_files(name, features, ((path, pa.parquet.read_schema(path)) for path in Path(name).rglob('*.parquet')))
     return dataset
 
 
@@ -77,12 +94,11 @@ def listed_once():
         del local.find
 
 
-def check_files(name: str, dataset: datasets.DatasetDict) -> None:
-    """Refuse parquet files of a folder that number classes differently: `datasets` takes the names of the first."""
-    features = next(iter(dataset.values())).features
+def check_files(name: str, features: datasets.Features, schemas: Iterable[tuple[str | Path, pa.Schema]]) -> None:
+    """Refuse parquet files that number classes differently: `datasets` takes the names of the first."""
     names = {column: kind.names for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
-    for path in sorted(Path(name).rglob('*.parquet')) if names and Path(name).is_dir() else ():
-        theirs = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(path))
+    for path, schema in sorted(schemas) if names else ():
+        theirs = datasets.Features.from_arrow_schema(schema)
         for column, expected in names.items():
             found = getattr(theirs.get(column), 'names', None)
             if found and found != expected:
@@ -113,7 +129,7 @@ Parts = list[tuple[str, int, int]]  # of splits: name, first row, row after the 
 
 
 def choose_parts(
-        dataset: datasets.DatasetDict,
+        dataset: dict[str, Rows],
         name: str,
         split: str | None,
         candidates: tuple[str, ...] = (),
@@ -143,9 +159,11 @@ def choose_parts(
     return split, parts
 
 
-def take_parts(dataset: datasets.DatasetDict, parts: Parts) -> datasets.Dataset:
-    return datasets.concatenate_datasets(
-        [dataset[split].select(range(first, end)) for split, first, end in parts])
+def take_parts(dataset: dict[str, Rows], parts: Parts) -> Rows:
+    taken = [dataset[split].select(range(first, end)) for split, first, end in parts]
+    if isinstance(taken[0], ParquetRows):
+        return ParquetRows(taken[0].features, [piece for rows in taken for piece in rows.pieces])
+    return datasets.concatenate_datasets(taken)
 
 
 def overlap(parts: Parts, others: Parts) -> bool:
@@ -154,7 +172,7 @@ def overlap(parts: Parts, others: Parts) -> bool:
         for split, first, end in parts for other, other_first, other_end in others)
 
 
-def find_image_column(rows: datasets.Dataset, name: str, asked: str | None) -> str:
+def find_image_column(rows: Rows, name: str, asked: str | None) -> str:
     """The column of images that was asked for, or the only one.
 
     Raises:
@@ -170,5 +188,5 @@ def find_image_column(rows: datasets.Dataset, name: str, asked: str | None) -> s
     return asked or found[0]
 
 
-def columns_of(rows: datasets.Dataset) -> str:
+def columns_of(rows: Rows) -> str:
     return ', '.join(f'{name} ({type(feature).__name__})' for name, feature in rows.features.items())

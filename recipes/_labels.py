@@ -4,7 +4,7 @@ import collections
 import datasets
 import numpy as np
 import pyarrow.compute
-from _dataset import SPLIT_FOLDERS, columns_of
+from _dataset import SPLIT_FOLDERS, Rows, columns_of
 
 # Columns of text or of plain integers are labels only under these names: others are ages, ids, captions.
 LABEL_COLUMNS = ('label', 'labels', 'class', 'class_label', 'class_name', 'fine_label', 'category', 'target', 'y')
@@ -16,7 +16,7 @@ def is_label(feature) -> bool:
         isinstance(feature, datasets.Value) and feature.dtype.startswith(('int', 'uint', 'string', 'large_string')))
 
 
-def find_label_column(rows: datasets.Dataset, name: str, asked: str | None) -> str:
+def find_label_column(rows: Rows, name: str, asked: str | None) -> str:
     """The column of labels that was asked for, or the only one: of class labels, else one that is named like labels.
 
     Raises:
@@ -88,6 +88,20 @@ def read_labels(rows: datasets.Dataset, name: str, column: str) -> tuple[np.ndar
             f'{name}: label {labels[row].as_py()!r} in row {row} is outside the {len(names)} classes, expected '
             + ('a text' if not declared and 'string' in feature.dtype else f'0 to {len(names) - 1}'))
     return targets, names, declared
+
+
+def declared_names(rows: Rows, name: str, column: str) -> list[str]:
+    """The names of the classes, where the dataset says them.
+
+    Raises:
+        SystemExit: It does not.
+    """
+    feature = rows.features[column]
+    if not isinstance(feature, datasets.ClassLabel):
+        raise SystemExit(
+            f'{name}: --streaming needs class labels with their names, column {column!r} has {feature.dtype}: all '
+            f'labels would be read before training: leave it out, or write them as datasets.ClassLabel')
+    return list(feature.names)
 
 
 def are_numbers(names: list[str]) -> bool:

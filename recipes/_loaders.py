@@ -11,6 +11,7 @@ import torchvision.transforms.v2.functional as F
 from _data import LabelledImages
 from _recipe import Recipe
 from _resident import CroppedImages, ResidentImages, crops_batches, have_room
+from _streaming import OwnGroups
 from accelerate import Accelerator, skip_first_batches
 from timm.data import RandomResizedCropAndInterpolation, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -120,9 +121,13 @@ def make_loaders(
     train, validation = images['train'], images['validation']
     validation.transform = eval_transform(data_config)
     batch_size = recipe.batch_size // recipe.accumulate
-    order = dict(shuffle=True)
+    order, in_order = dict(shuffle=True), {}
     if recipe.aug_repeats > 1:
         order = dict(sampler=RepeatedRows(train, recipe.aug_repeats, batch_size))
+    if recipe.streaming:
+        order, in_order = (
+            dict(sampler=OwnGroups(of.rows, batch_size, accelerator.num_processes, recipe.num_workers, seed))
+            for of, seed in ((train, recipe.seed), (validation, None)))
     loading = dict(
         num_workers=recipe.num_workers, persistent_workers=recipe.num_workers > 0,
         pin_memory=accelerator.device.type == 'cuda')
@@ -131,7 +136,7 @@ def make_loaders(
         resident = None
         if have_room(accelerator, recipe, images):
             resident, validation = (ResidentImages(accelerator, of, recipe.num_workers) for of in (train, validation))
-            loading = {}  # there is nothing left to load
+            loading, in_order = {}, {}  # there is nothing left to load
         train = CroppedImages(train, recipe, resident)
     else:
         train.transform = ProgressiveTransform(recipe, data_config, train.epoch)
@@ -143,7 +148,7 @@ def make_loaders(
             generator=torch.Generator(),  # not the global one: an epoch may begin anywhere and must not disturb a step
         )
 
-    return load(train, drop_last=True, **order), load(validation)
+    return load(train, drop_last=True, **order), load(validation, **in_order)
 
 
 def stay_on_device(loaders: tuple[DataLoader, DataLoader]) -> bool:

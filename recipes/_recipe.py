@@ -45,6 +45,8 @@ class Recipe:
     dataset_config: str | None = option(None, 'configuration of a dataset that has several')
     image_column: str | None = option(None, 'column of images; found from the features')
     label_column: str | None = option(None, 'column of labels; found from the features and names')
+    streaming: bool = option(
+        False, "read the images of the Hub's parquet files while training, without a copy of them on the disk")
     train_split: str = option('train', "split to train on, or a part of it such as 'train[:90%]'")
     validation_split: str | None = option(
         None, f'split to validate on, or a part of it; the first of {", ".join(VALIDATION_SPLITS)}')
@@ -202,6 +204,11 @@ def check_recipe(recipe: Recipe) -> None:
         refuse(recipe, 'validation_share', 'above 0 and below 1')
     if recipe.validation_share is not None and recipe.validation_split is not None:
         refuse(recipe, 'validation_split', 'left out with --validation-share')
+    if recipe.streaming:
+        for name, only in ('validation_share', None), ('on_bad_image', 'stop'), ('aug_repeats', 1), (
+                'class_weights', False):
+            if getattr(recipe, name) != only:
+                refuse(recipe, name, 'left out with --streaming, which reads no image or label before its turn')
     if not recipe.dataset:
         refuse(recipe, 'dataset', "'digits', a folder or a dataset id on the Hub")
     check_lists(recipe)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from _accelerator import PROCESS_GROUP, auto_precision, usable_cores, use_all_cores
 from _classes import label_names
-from _data import LabelledImages, refuse_bad_images
+from _data import LabelledImages, StreamedImages, refuse_bad_images
 from _dataset import choose_parts, open_dataset, take_parts
 from _labels import are_numbers, new_numbers
 from _loaders import Normalize, eval_transform
@@ -24,6 +24,7 @@ from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import VALIDATION_SPLITS
 from _record import device_name
 from _start import find_source, load_network
+from _streaming import OwnGroups
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
@@ -42,6 +43,7 @@ def main(
         split: str | None,
         image_column: str | None,
         label_column: str | None,
+        streaming: bool,
         batch_size: int,
         num_workers: int,
 ) -> None:
@@ -56,15 +58,17 @@ def main(
             f'--batch-size must be a multiple of the {accelerator.num_processes} processes, got {batch_size}')
     with accelerator.local_main_process_first():  # downloads once on every machine
         model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint')
-        splits = open_dataset(dataset, dataset_config)
+        splits = open_dataset(dataset, dataset_config, streaming)
     split, parts = choose_parts(splits, dataset, split, VALIDATION_SPLITS)
     data_config = resolve_model_data_config(model)
-    images = LabelledImages(
+    images = (StreamedImages if streaming else LabelledImages)(
         take_parts(splits, parts), split, f'{dataset} split {split!r}', eval_transform(data_config), image_column,
         label_column)
     match_classes(images, model, f'checkpoint {checkpoint!r}', accelerator.print)
 
-    loader = DataLoader(images, batch_size=batch_size, num_workers=min(num_workers, usable_cores()))
+    num_workers = min(num_workers, usable_cores())
+    order = OwnGroups(images.rows, batch_size, accelerator.num_processes, num_workers) if streaming else None
+    loader = DataLoader(images, sampler=order, batch_size=batch_size, num_workers=num_workers)
     model, loader = accelerator.prepare(model, loader)
     normalize = Normalize(data_config['mean'], data_config['std']).to(accelerator.device)
     metrics = score(accelerator, model, loader, normalize, len(images))

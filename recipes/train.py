@@ -140,7 +140,8 @@ def run_settings(preset: str, asked: Recipe, origin: dict | None, teacher_origin
     """What must be the same to go on with a run. Images and weights are compared by what they are, not where."""
     settings = dict(preset=preset, **dataclasses.asdict(asked))
     for name in *EXECUTION, 'dataset', 'init', 'kd_model_name':
-        del settings[name]
+        if not (asked.streaming and name == 'num_workers'):  # the order of streamed images depends on it
+            del settings[name]
     return dict(
         settings, init=origin and f'{origin["revision"]}{", inflated" * origin["inflated"]}',
         teacher_revision=teacher_origin and teacher_origin['revision'])
