@@ -101,10 +101,11 @@ class CroppedImages(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A batch: images (B, 3, S, S) uint8 and labels (B,). Indices beyond the images' number: see LabelledImages."""
         places = [index % len(self) for index in indices]
-        if self.resident:
+        if self.resident is not None:
             images, labels = self.resident.__getitems__(places)
         else:
-            images, labels = default_collate([self.images[place] for place in places])
+            read = map(self.images.read, places)
+            images, labels = default_collate([(self.images.transform(image), label) for image, label in read])
         margin = images.shape[-1] // 8
         drawn = draw_crops(
             len(self) * self.recipe.aug_repeats, margin, self.recipe.hflip, self.images.seed, int(self.images.epoch))
