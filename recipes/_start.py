@@ -46,6 +46,8 @@ def check_names(recipe: Recipe) -> None:
     """
     if recipe.model is not None and not timm.is_model(recipe.model):
         refuse(recipe, 'model', f'a model registered in timm, such as {", ".join(timm.list_models("*_fmd*"))}')
+    if recipe.model is not None and '.' in recipe.model:  # timm would ignore the tag, and the weights be random
+        refuse(recipe, 'model', f'without a tag, which names weights: --init {recipe.model} starts from them')
     check_optimizer(recipe)
     check_augmentation(recipe)
     trackers = ['none', *(tracker.value for tracker in get_available_trackers())]

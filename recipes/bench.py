@@ -284,7 +284,7 @@ def main(models: list[str], layers: bool, rounds: int, table: bool, data: Namesp
     if data:
         _bench_data.main(data.preset, data.recipe, rounds)
         return
-    missing = [name for name in models if not all(timm.is_model(f'{name}_{method}') for method in METHODS)]
+    missing = [name for name in models if not {f'{name}_{method}' for method in METHODS} <= {*timm.list_models()}]
     if missing:
         raise SystemExit(f'--models must have dynamic forms ({", ".join(METHODS)}), got {", ".join(missing)}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

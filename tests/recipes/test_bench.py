@@ -105,6 +105,7 @@ def test_ratio_is_to_the_faster_static_network_of_the_same_round():
     (['--rounds', '0'], '--rounds must be at least 1, got 0'),
     (['--data', 'digits', '--epochs', '0'], '--epochs must be at least 1, got 0'),
     (['--models', 'resnet18', 'vit_tiny_patch16_224'], 'must have dynamic forms .*, got vit_tiny_patch16_224'),
+    (['--models', 'resnet18.a1_in1k'], 'must have dynamic forms .*, got resnet18.a1_in1k'),
 ])
 def test_bad_arguments_are_refused(arguments, message, monkeypatch):
     with pytest.raises(SystemExit, match=message):

@@ -295,6 +295,7 @@ def test_options_that_are_not_of_a_comparison_are_refused(arguments, message, ca
 @pytest.mark.parametrize('models, message', [
     ((tiny.NAME,), 'exactly one static network.* got none among tiny_dynamic'),
     ((STATIC, 'resnet18'), 'exactly one static network.* got test_resnet and resnet18 among'),
+    (('resnet18.a1_in1k', tiny.NAME), "--model must be without a tag, which names weights"),
     ((STATIC, 'resnet18_fdm'), "--model must be a model registered in timm.*got 'resnet18_fdm'"),
 ])
 def test_models_that_cannot_be_compared_are_refused_before_any_is_trained(models, message, digits_folder, tmp_path):

@@ -242,6 +242,8 @@ def test_unknown_presets_and_options_are_refused(arguments, capsys):
 
 @pytest.mark.parametrize('change, message', [
     (dict(model='resnet18_fdm'), r"--model must be a model registered in timm.*resnet18_fmd.*got 'resnet18_fdm'"),
+    (dict(model='resnet18.a1_in1k'), "--model must be without a tag, .*: --init resnet18.a1_in1k starts"),
+    (dict(model='resnet18_fmd.nowhere'), "--model must be without a tag, .* got 'resnet18_fmd.nowhere'"),
     (dict(temperature=0.0), '--temperature must be positive and finite in float32, got 0.0'),
     (dict(lr=-1.0), '--lr must be positive and finite in float32, got -1.0'),
     (dict(temperature=1e300), '--temperature must be positive and finite in float32, got 1e\\+300'),
