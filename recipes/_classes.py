@@ -26,20 +26,29 @@ def label_names(network: nn.Module, what: str) -> list[str] | None:
     return list(names)
 
 
-def shown_names(network: nn.Module, what: str) -> list[str]:
-    """The best names there are: descriptions, or ImageNet's where a checkpoint of ImageNet has none; else numbers."""
+def known_names(network: nn.Module, what: str) -> list[list[str]]:
+    """Names that people and datasets may know a network's classes by: one word for each, then descriptions.
+
+    They are ImageNet's where a checkpoint of ImageNet has none of its own. There are none for other networks.
+    """
     names = label_names(network, what)
     if names:
         descriptions = network.pretrained_cfg.get('label_descriptions') or {}
         if not isinstance(descriptions, dict):
             raise SystemExit(f'{what}: label_descriptions in its configuration must have a description for a name, '
                              f'got {descriptions!r:.80}')
-        return [str(descriptions.get(name, name)) for name in names]
+        return [names, [str(descriptions.get(name, name)) for name in names]]
     subset = infer_imagenet_subset(network)
     if subset:
         info = ImageNetInfo(subset)
-        return [info.index_to_description(i) for i in range(network.num_classes)]
-    return [f'class {i}' for i in range(network.num_classes)]
+        return [info.label_names(), info.label_descriptions()]
+    return []
+
+
+def shown_names(network: nn.Module, what: str) -> list[str]:
+    """The best names there are, and numbers where there are none."""
+    known = known_names(network, what)
+    return known[-1] if known else [f'class {i}' for i in range(network.num_classes)]
 
 
 def printable(text: str) -> str:

@@ -26,7 +26,7 @@ import timm
 import torch
 from _accelerator import make_accelerator
 from _data import open_images, refuse_bad_images
-from _distillation import check_teacher, load_teacher
+from _distillation import load_teacher, make_teacher
 from _loaders import make_loaders, stay_on_device
 from _measure import time_inference
 from _recipe import Recipe
@@ -62,7 +62,7 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
         name: new_network(dataclasses.replace(recipe, model=name), num_classes=len(label_names)) for name in models}
     config = data_config(recipe, networks[models[0]])
     if teacher:
-        check_teacher(teacher, label_names, timed.train_sizes())
+        teacher = make_teacher(teacher, label_names, timed.train_sizes(), accelerator.print)
     loaders = make_loaders(accelerator, timed, images, config)
     loader = accelerator.prepare(loaders[0])
     steps_per_epoch = math.ceil(len(loader) / recipe.accumulate)

@@ -66,7 +66,7 @@ def make_training(
         data_config: dict,
         images: LabelledImages,
         total_steps: int,
-        teacher: nn.Module | None = None,
+        teacher: Teacher | None = None,
 ) -> Training:
     """Put a network on the accelerator's device and build what its training needs.
 
@@ -106,10 +106,10 @@ def make_training(
     else:
         teacher.to(device, memory_format=memory_format)
         task = LogitDistillationTask(
-            model, Teacher(teacher, device=device), task_loss_weight=recipe.task_loss_weight,
+            model, teacher, task_loss_weight=recipe.task_loss_weight,
             distill_loss_weight=recipe.distill_loss_weight, temperature=recipe.kd_temperature, **task)
         if recipe.compile:
-            teacher.compile()
+            teacher.model.compile()
     return Training(
         accelerator, recipe, model, ema, optimizer,
         _optim.make_scheduler(recipe, optimizer, total_steps // recipe.epochs),

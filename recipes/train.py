@@ -25,7 +25,7 @@ import torch
 from _accelerator import make_accelerator
 from _data import LabelledImages, open_images, refuse_bad_images
 from _dataset import dataset_name
-from _distillation import check_teacher, load_teacher
+from _distillation import load_teacher, make_teacher
 from _loaders import make_loaders, stay_on_device
 from _loop import train_epochs
 from _measure import count_gmacs, peak_memory_mib, time_inference
@@ -97,7 +97,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     else:
         network = new_network(recipe, num_classes=len(label_names))
     if teacher:
-        check_teacher(teacher, label_names, recipe.train_sizes())
+        teacher = make_teacher(teacher, label_names, recipe.train_sizes(), accelerator.print)
     config = data_config(recipe, network)
     loaders = make_loaders(accelerator, recipe, images, config)
     progress['legs'][-1]['images_on_device'] = stay_on_device(loaders)

@@ -111,21 +111,37 @@ def test_images_are_mixed_alike_in_one_batch_and_in_parts_of_it(alphas):
 def test_a_teacher_sees_images_as_it_was_trained_and_is_learned_from():
     torch.manual_seed(0)
     network = timm.create_model(tiny.STATIC, num_classes=4).eval()
-    teacher = _distillation.Teacher(network)
+    teacher = _distillation.make_teacher(network, ['a', 'b', 'c', 'd'], {8}, print)
     mean, std = torch.full((1, 3, 1, 1), 0.2), torch.full((1, 3, 1, 1), 0.7)
     images = torch.rand(2, 3, 8, 8)
     torch.testing.assert_close(
         teacher.normalize_input((images - mean) / std, mean, std), (images - teacher.mean_kd) / teacher.std_kd)
 
 
-def test_a_teacher_of_other_classes_or_other_sizes_is_refused():
+@pytest.mark.parametrize('name, label_names, classes, outputs', [
+    (tiny.STATIC, ['dog', 'cat'], ['cat', 'dog'], [1, 0]),
+    (tiny.STATIC, ['dog', 'cow', 'cat'], ['cat', 'dog'], [2, 0]),
+    ('test_resnet', None, ['n01443537', 'n01440764', 'n02123045'], [1, 0, 281]),  # ImageNet's, without names of its own
+])
+def test_the_classes_of_a_teacher_are_found_by_name(name, label_names, classes, outputs):
+    torch.manual_seed(0)
+    network = timm.create_model(name, **dict(num_classes=len(label_names)) if label_names else {})
+    network.pretrained_cfg = dict(network.pretrained_cfg, label_names=label_names)
+    teacher = _distillation.make_teacher(network, classes, {32}, pytest.fail)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(teacher(images), network(images)[:, outputs])
+
+
+def test_a_teacher_of_other_classes_or_other_sizes_is_refused(capsys):
     network = timm.create_model(tiny.STATIC, num_classes=2)
-    _distillation.check_teacher(network, ['cat', 'dog'], {8, 16})
-    with pytest.raises(SystemExit, match='of the 3 classes of the images, in their order, got one of 2'):
-        _distillation.check_teacher(network, ['cat', 'cow', 'dog'], {8})
+    teacher = _distillation.make_teacher(network, ['cat', 'dog'], {8, 16}, print)
+    assert teacher.outputs.tolist() == [0, 1] and 'matched by their numbers' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="which are 'cat', 'cow', 'dog', got one of 2 without names"):
+        _distillation.make_teacher(network, ['cat', 'cow', 'dog'], {8}, pytest.fail)
     network.pretrained_cfg = dict(network.pretrained_cfg, label_names=['dog', 'cat'])
-    with pytest.raises(SystemExit, match='got one of 2: dog, cat'):
-        _distillation.check_teacher(network, ['cat', 'dog'], {8})
+    with pytest.raises(SystemExit, match="which are 'cat', 'cow', got one of 'dog', 'cat'"):
+        _distillation.make_teacher(network, ['cat', 'cow'], {8}, pytest.fail)
     vit = timm.create_model('test_vit', num_classes=2)  # for 160 pixels
     with pytest.raises(SystemExit, match='must be a network for images of 8 pixels'):
-        _distillation.check_teacher(vit, ['cat', 'dog'], {8})
+        _distillation.make_teacher(vit, ['cat', 'dog'], {8}, print)
