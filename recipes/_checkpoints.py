@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import torch
 from _accelerator import on_all
 from _data import LabelledImages
 from _record import read_json, sha256, write_json
 from accelerate import Accelerator
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from timm.utils import ModelEmaV3
 
 KEPT = 2  # the last ones: one could be damaged
 AVERAGED, PROGRESS, MANIFEST = 'averaged.safetensors', 'progress.json', 'manifest.json'
+MPS_STATE = 'mps_random_state.safetensors'  # which accelerate leaves out
 UNFINISHED, REPLACED = '.unfinished', '.replaced'  # what is being written, what is taken away
 
 
@@ -109,6 +111,8 @@ def load(accelerator: Accelerator, checkpoint: Path, ema: ModelEmaV3 | None) -> 
         if random_states.exists():
             accelerate.utils.load(random_states)  # which load_state keeps quiet about where it can't
         accelerator.load_state(str(checkpoint))
+        if accelerator.device.type == 'mps' and (checkpoint / MPS_STATE).exists():
+            torch.mps.set_rng_state(load_file(checkpoint / MPS_STATE)['state'])
         if ema:
             load_model(ema.module, checkpoint / AVERAGED)
 
@@ -126,6 +130,8 @@ def save(accelerator: Accelerator, checkpoints: Path, progress: dict[str, Any], 
 
     def write_state():
         accelerator.save_state(str(unfinished))
+        if accelerator.device.type == 'mps':
+            save_file(dict(state=torch.mps.get_rng_state()), unfinished / MPS_STATE)
         if ema and accelerator.is_main_process:
             save_model(ema.module, str(unfinished / AVERAGED))
 

@@ -17,8 +17,13 @@ from test_train import make_recipe, run
 
 def save(folder, epoch, step=0):
     """A checkpoint without weights."""
-    accelerator = SimpleNamespace(is_main_process=True, save_state=lambda path: Path(path).mkdir(parents=True))
-    return _checkpoints.save(accelerator, folder, dict(epochs_done=epoch, step=step), None)
+    return _checkpoints.save(make_accelerator(), folder, dict(epochs_done=epoch, step=step), None)
+
+
+def make_accelerator(device='cpu'):
+    return SimpleNamespace(
+        is_main_process=True, process_index=0, num_processes=0, device=torch.device(device),
+        save_state=lambda path: Path(path).mkdir(parents=True), load_state=lambda path: None)
 
 
 def names(folder):
@@ -71,12 +76,27 @@ def fail(*_):
 
 @pytest.mark.parametrize('step', ['save_state', 'write_json', 'write_manifest', 'sync'])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one_whole(step, folder, monkeypatch):
-    whole = save(folder, 1)
-    accelerator = SimpleNamespace(is_main_process=True, save_state=lambda path: Path(path).mkdir(parents=True))
+    whole, accelerator = save(folder, 1), make_accelerator()
     monkeypatch.setattr(*(accelerator, step) if step == 'save_state' else (_checkpoints, step), fail)
     with pytest.raises(SystemExit, match='epoch_0002 could not be written, .*No space left on device'):
         _checkpoints.save(accelerator, folder, dict(epochs_done=2, step=0), None)
     assert names(folder) == ['epoch_0001'] and _checkpoints.damage(whole) is None
+
+
+def test_the_random_numbers_of_mps_go_on(folder, monkeypatch):
+    """Dropout and random erasing draw them on the device, and accelerate has them in no checkpoint."""
+    device = dict(state=torch.arange(44, dtype=torch.uint8))
+    monkeypatch.setattr(torch.mps, 'get_rng_state', lambda: device['state'])
+    monkeypatch.setattr(torch.mps, 'set_rng_state', lambda state: device.update(state=state))
+    checkpoint = _checkpoints.save(make_accelerator('mps'), folder, dict(epochs_done=1, step=0), None)
+    assert _checkpoints.damage(checkpoint) is None
+    device.update(state=torch.zeros(44, dtype=torch.uint8))
+    _checkpoints.load(make_accelerator('cpu'), checkpoint, None)
+    assert not device['state'].any()
+    _checkpoints.load(make_accelerator('mps'), checkpoint, None)
+    assert device['state'].tolist() == list(range(44))
+    _checkpoints.load(make_accelerator('mps'), save(folder, 2), None)  # of another device
+    assert device['state'].tolist() == list(range(44))
 
 
 def manifest(checkpoint, change):
