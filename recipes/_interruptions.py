@@ -7,18 +7,19 @@ a signal ends the process at once.
 This module imports the standard library alone: a command calls `end_with_launcher` before the imports that take
 seconds.
 """
+import contextlib
 import ctypes
 import math
 import os
 import re
 import signal
 import sys
+import threading
 import time
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 AGAIN = 1.0  # seconds after which a Ctrl-C is another one: launchers pass the first on, so that it arrives twice
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-_launcher = None  # its process, which this one ends with
 
 
 def parse_every(text: str) -> tuple[float, int | None]:
@@ -40,14 +41,23 @@ def end_with_launcher() -> None:
     A launcher that is killed leaves its processes running. One that was started from a shell without a launcher goes
     on without it, as any does.
     """
-    global _launcher
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as with nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if 'ACCELERATE_MIXED_PRECISION' not in os.environ and 'TORCHELASTIC_RUN_ID' not in os.environ:
         return
-    _launcher = os.getppid()
-    if sys.platform == 'linux':  # elsewhere it is looked for at every step
+    if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    else:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    """Wait until a process has ended, where the kernel does not tell, and give this one SIGTERM."""
+    import psutil  # accelerate needs it too
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(process).wait()
+    signal.raise_signal(signal.SIGTERM)
 
 
 class Interruptions:
@@ -70,9 +80,13 @@ class Interruptions:
                 signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if error is None and self.signal is None:  # one that came too late to be heard does what it would have done
+            for number in SIGNALS:
+                if self.received[number] < math.inf:
+                    signal.raise_signal(number)
 
     def _receive(self, number: int, _) -> None:
         now = time.monotonic()
@@ -83,8 +97,6 @@ class Interruptions:
     def wishes(self) -> tuple[float, ...]:
         """1.0 where this process wants to save, to stop for Ctrl-C, to stop for SIGTERM; to be summed over all."""
         now = time.monotonic()
-        if _launcher not in (None, os.getppid()):
-            self.received[signal.SIGTERM] = min(now, self.received[signal.SIGTERM])
         return float(now >= self.next), *(float(self.received[number] <= now) for number in SIGNALS)
 
     def hear(self, save: float, *signals: float) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import _checkpoints
-from _accelerator import broadcast_buffers
+import torch
+from _accelerator import broadcast_buffers, exchange
 from _interruptions import Interruptions, parse_every
 from _loaders import batches_of
 from _measure import score
@@ -34,6 +35,9 @@ def train_epochs(
 
     def save():
         folder = _checkpoints.save(accelerator, checkpoints, progress, training.ema)
+        # What came since the last step: after the last epoch there is no other that would tell.
+        no_loss = torch.zeros((), device=accelerator.device)
+        interruptions.hear(*exchange(accelerator, no_loss, *interruptions.wishes())()[1:])
         interruptions.saved()
         if interruptions.signal:
             stop(training, progress, folder, interruptions.signal)
@@ -116,8 +120,9 @@ def evaluate(training: Training, loader: DataLoader, interruptions: Interruption
 def stop(training: Training, progress: dict[str, Any], checkpoint: Path, signal: int) -> None:
     """End this process as the signal would have ended it, but with a word on how to go on."""
     training.accelerator.end_training()
+    done, step = progress['epochs_done'], progress['step']
+    where = f'epoch {done + 1}, step {step}' if step else f'epoch {done}'
     if training.accelerator.is_main_process:
         print(
-            f'stopped after epoch {progress["epochs_done"] + 1}, step {progress["step"]}: go on with --resume auto '
-            f'(saved as {checkpoint})', file=sys.stderr, flush=True)
+            f'stopped after {where}: go on with --resume auto (saved as {checkpoint})', file=sys.stderr, flush=True)
     raise SystemExit(128 + signal)

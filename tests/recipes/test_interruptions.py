@@ -79,6 +79,9 @@ def uninterrupted(recipe, tmp_path_factory):
     (_training, 'train_step', 12, signal.SIGINT, 'epoch 2, step 3'),
     (_loop, 'score', 1, signal.SIGTERM, 'epoch 1, step 4'),
     (_loop, 'score', 2, signal.SIGINT, 'epoch 2, step 4'),
+    (_loop, 'learning_rate', 1, signal.SIGTERM, 'epoch 2, step 1'),  # between the last image and the next step
+    (_loop, 'learning_rate', 2, signal.SIGTERM, 'epoch 2'),  # which does not come
+    (_checkpoints, 'save', 1, signal.SIGINT, 'epoch 2'),
 ])
 def test_a_stopped_run_says_how_to_go_on_and_ends_with_the_same_weights(
         module, function, call, number, where, recipe, uninterrupted, tmp_path, monkeypatch, capsys, fresh_accelerator):
@@ -109,6 +112,21 @@ def test_signals_are_handled_as_before_when_training_has_ended(digits_folder, tm
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run(make_recipe(digits_folder, epochs=1), tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize('heard', [False, True])
+def test_a_signal_that_nobody_has_heard_does_in_the_end_what_it_would_have_done(heard, monkeypatch):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        with _interruptions.Interruptions() as interruptions:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if heard:
+                interruptions.hear(*interruptions.wishes())
+            assert not received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM] * (not heard)
 
 
 def wait_for(condition, seconds=120):

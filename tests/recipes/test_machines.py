@@ -1,7 +1,9 @@
 """Machines that are not Linux: what they lack isn't asked for, as far as that can be told on any machine."""
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import _accelerator
@@ -12,6 +14,7 @@ import pytest
 import tiny
 import torch
 import train
+from test_interruptions import is_running, wait_for
 from test_train import PATH
 
 ENV = dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONPATH=PATH)
@@ -105,20 +108,52 @@ def test_a_process_without_a_launcher_does_not_follow_its_parent(monkeypatch):
     monkeypatch.setattr(_interruptions.signal, 'signal', lambda *_: None)
     monkeypatch.delenv('ACCELERATE_MIXED_PRECISION', raising=False)
     monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
-    _interruptions.end_with_launcher()
-    assert _interruptions._launcher is None
+    for name in 'ctypes', 'threading':
+        monkeypatch.setattr(_interruptions, name, None)
+    for platform in 'linux', 'darwin', 'win32':
+        monkeypatch.setattr(_interruptions.sys, 'platform', platform)
+        _interruptions.end_with_launcher()
 
 
-def test_where_the_kernel_does_not_tell_the_end_of_the_launcher_is_seen_at_the_next_step(monkeypatch):
-    monkeypatch.setattr(_interruptions.signal, 'signal', lambda *_: None)
-    monkeypatch.setattr(_interruptions.sys, 'platform', 'darwin')
-    monkeypatch.setattr(_interruptions, '_launcher', None)
-    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'no')
-    _interruptions.end_with_launcher()
-    interruptions = _interruptions.Interruptions()
-    assert interruptions.wishes() == (0, 0, 0)
-    monkeypatch.setattr(_interruptions.os, 'getppid', lambda: 1)
-    assert interruptions.wishes() == (0, 0, 1)
+FOLLOWER = '''
+import os, sys, time
+import psutil
+sys.platform = sys.argv[1]
+import _interruptions
+_interruptions.end_with_launcher()
+os.write(1, f'{os.getpid()}\\n'.encode())  # at once: another one writes too
+if sys.argv[2] == 'trains':
+    with _interruptions.Interruptions() as interruptions:
+        while not any(interruptions.wishes()):
+            time.sleep(0.01)
+        with open(sys.argv[3], 'w') as file:
+            file.write(str(interruptions.wishes()))
+        os._exit(0)
+time.sleep(60)
+'''
+LAUNCHER = '''
+import subprocess, sys, time
+for what in 'loads', 'trains':
+    subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2], what, sys.argv[3]])
+time.sleep(60)
+'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
+@pytest.mark.parametrize('platform', ['linux', 'darwin', 'win32'])
+def test_a_process_ends_with_its_launcher_whatever_ends_that(platform, tmp_path):
+    """Before training at once, and in training as by SIGTERM; also where the kernel does not tell."""
+    with subprocess.Popen(
+            [sys.executable, '-c', LAUNCHER, FOLLOWER, platform, tmp_path / 'heard'], stdout=subprocess.PIPE, text=True,
+            env=dict(ENV, ACCELERATE_MIXED_PRECISION='no')) as launcher:
+        try:
+            pids = [int(launcher.stdout.readline()) for _ in range(2)]
+            time.sleep(0.2)  # in which they would end if they took it for dead
+            assert all(map(is_running, pids))
+        finally:
+            launcher.kill()
+    wait_for(lambda: not any(map(is_running, pids)), 30)
+    assert (tmp_path / 'heard').read_text() == '(0.0, 0.0, 1.0)'
 
 
 def test_mps_is_synchronized_and_its_numbers_are_read_without_cuda(monkeypatch):
