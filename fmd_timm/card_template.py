@@ -77,9 +77,11 @@ $command
 |---|---|
 | Architecture | `$model`, $model_args |
 | Started from | $init |
+| Teacher | $teacher |
 | Dataset | `$dataset`, $num_classes classes |
 | Training split | `$train_split`, $train_images images |
 | Validation split | `$validation_split`, $validation_images images |
+| Images that could not be read and were left out | $unread_images |
 | Preset | $preset |
 | Epochs | $epochs |
 | Seed | $seed |

@@ -17,12 +17,14 @@ REQUIRED = (
     'model', 'model_args', 'command', 'dataset', 'train_split', 'train_images', 'validation_split',
     'validation_images', 'num_classes', 'top1', 'top5', 'loss', 'epochs', 'infer_batch', 'parameters', 'gmacs',
     'device', 'device_count', 'precision', 'input_size', 'global_batch', 'seed', 'versions', 'finished',
+    'unread_images',
 )
 # None where it could not be measured: a score without accuracy, the memory of a CPU, code outside of git; `init` where
-# training started from random weights, `temperature` where it was left alone, `method` of a static network.
+# training started from random weights, `teacher` where there was none, `temperature` where it was left alone, `method`
+# of a static network.
 MAY_BE_NONE = (
-    'init', 'method', 'temperature', 'preset', 'median_epoch_seconds', 'data_wait_share', 'ies', 'rcs', 'ies_infer',
-    'rcs_infer', 'train_images_per_second', 'infer_images_per_second', 'peak_memory_mib', 'git_commit',
+    'init', 'teacher', 'method', 'temperature', 'preset', 'median_epoch_seconds', 'data_wait_share', 'ies', 'rcs',
+    'ies_infer', 'rcs_infer', 'train_images_per_second', 'infer_images_per_second', 'peak_memory_mib', 'git_commit',
 )
 
 ARXIV = {layer.method: layer.arxiv for layer in METHODS.values()}
@@ -79,6 +81,20 @@ def _origin(init: dict[str, Any] | None) -> str:
     kind, revision = init['revision'].split()
     network = f'a static `{init["architecture"]}`, inflated' if init['inflated'] else f'`{init["architecture"]}`'
     return f'`{init["weights"]}` ({network}), {kind} `{revision}`, {init["classifier"]} classifier'
+
+
+def _teacher(teacher: dict[str, Any] | None) -> str:
+    if teacher is None:
+        return '-'
+    kind, revision = teacher['revision'].split()
+    return (
+        f'`{teacher["weights"]}` (`{teacher["architecture"]}`), {kind} `{revision}`, licence '
+        f'`{teacher["license"] or "unknown"}`')
+
+
+def _unread(images: dict[str, int | None]) -> str:
+    """How many of each split; None where nobody looked, as in large ones."""
+    return ', '.join(f'{_number(count)} of {part}' for part, count in images.items())
 
 
 def _licence(licence: str, init: dict[str, Any] | None) -> str:
@@ -189,6 +205,8 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         legs=_legs(record),
         article=ARTICLE if method == 'FMDConv' else '',
         init=_origin(init),
+        teacher=_teacher(record['teacher']),
+        unread_images=_unread(record['unread_images']),
         licence=_licence(licence, init),
         preset=record['preset'] or '-',
         versions=', '.join(f'{package} {version}' for package, version in record['versions'].items()),

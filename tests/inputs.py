@@ -56,10 +56,12 @@ def make_record(**changes):
     versions = {'torch': '2.15.0', 'timm': '1.0.31'}
     seconds, accuracy = [9.1, 1.2, 1.3], 350 / 360
     return {
-        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'init': None, 'method': 'FMDConv', 'temperature': 30.0,
-        'preset': 'digits', 'recipe': {'epochs': 3, 'dataset': 'digits', 'batch_size': 128, 'seed': 7},
+        'model': 'resnet18_fmd_cifar', 'model_args': {}, 'init': None, 'teacher': None, 'method': 'FMDConv',
+        'temperature': 30.0, 'preset': 'digits',
+        'recipe': {'epochs': 3, 'dataset': 'digits', 'batch_size': 128, 'seed': 7},
         'command': 'python recipes/train.py --preset digits --seed 7', 'dataset': 'digits', 'dataset_type': None,
         'train_split': 'train', 'train_images': 1437, 'validation_split': 'test', 'validation_images': 360,
+        'unread_images': {'train': 0, 'validation': 0},
         'num_classes': 10, 'label_names': [f'digit {i}' for i in range(10)],
         'top1': 100 * accuracy, 'top5': 100 * 359 / 360, 'loss': 0.12345, 'best_top1': 100 * accuracy, 'best_epoch': 3,
         'epochs': 3, 'epoch_seconds': seconds, 'steps_per_epoch': 11, 'median_epoch_seconds': 1.25,

@@ -88,6 +88,8 @@ def test_the_card_says_how_to_install_the_package_and_where_the_paper_is():
     'python recipes/train.py --preset digits --seed 7',
     '| Architecture | `resnet18_fmd_cifar`, `{"num_kernels": 2}` |',
     '| Started from | random weights |',
+    '| Teacher | - |',
+    '| Images that could not be read and were left out | 0 of train, - of validation |',
     '| Dataset | `digits`, 10 classes |',
     '| Training split | `train`, 1,437 images |',
     '| Validation split | `test`, 360 images |',
@@ -99,7 +101,8 @@ def test_the_card_says_how_to_install_the_package_and_where_the_paper_is():
     '| Finished | 2026-11-20T12:00:00 |',
 ])
 def test_body_states_what_the_record_says(row):
-    assert row in make_card(make_record(model_args={'num_kernels': 2}), REPO).text.splitlines()
+    record = make_record(model_args={'num_kernels': 2}, unread_images=dict(train=0, validation=None))
+    assert row in make_card(record, REPO).text.splitlines()
 
 
 @pytest.mark.parametrize('name', make_record())
@@ -168,6 +171,15 @@ def test_a_fine_tune_says_what_it_started_from_and_keeps_its_licence():
     card = make_card(make_record(init=init), REPO)
     assert '| Started from | `run` (`resnet18`), sha256 `abc`, kept classifier |' in card.text.splitlines()
     assert (card.data.license, card.data.base_model) == ('unknown', None)
+
+
+def test_a_teacher_is_named_with_its_licence():
+    commit = '0123456789abcdef0123456789abcdef01234567'
+    teacher = dict(
+        weights='resnet50.a1_in1k', architecture='resnet50', repo='timm/resnet50.a1_in1k', revision=f'commit {commit}',
+        license='apache-2.0')
+    row = f'| Teacher | `resnet50.a1_in1k` (`resnet50`), commit `{commit}`, licence `apache-2.0` |'
+    assert row in make_card(make_record(teacher=teacher), REPO).text.splitlines()
 
 
 @pytest.mark.parametrize('method, temperature, says, says_not', [
