@@ -2,6 +2,8 @@
 
 Prints one number per line. The checkpoint is a folder (of a training run, or any that timm's `local-dir:` loads), a Hub
 repository (`hf-hub:org/name`) or a model with a tag that is registered in timm (`resnet18_fmd.<tag>`).
+
+With --validation-share it is scored on the images that its training run held out by the same option.
 """
 import sys
 
@@ -13,21 +15,22 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     end_with_launcher()
 
 from collections.abc import Callable
+from pathlib import Path
 
 from _accelerator import PROCESS_GROUP, auto_precision, usable_cores, use_all_cores
-from _classes import label_names
+from _classes import known_names, label_names
 from _data import LabelledImages, StreamedImages, refuse_bad_images
 from _dataset import choose_parts, open_dataset, take_parts
 from _labels import are_numbers, new_numbers
 from _loaders import Normalize, eval_transform
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import VALIDATION_SPLITS
-from _record import device_name
+from _record import device_name, read_json
 from _start import find_source, load_network
 from _streaming import OwnGroups
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -41,6 +44,8 @@ def main(
         dataset: str,
         dataset_config: str | None,
         split: str | None,
+        validation_share: float | None,
+        seed: int | None,
         image_column: str | None,
         label_column: str | None,
         streaming: bool,
@@ -56,6 +61,8 @@ def main(
     if batch_size < 1 or batch_size % accelerator.num_processes:
         raise SystemExit(
             f'--batch-size must be a multiple of the {accelerator.num_processes} processes, got {batch_size}')
+    if validation_share:
+        split, seed = find_hold_out(checkpoint, validation_share, split, seed)
     with accelerator.local_main_process_first():  # downloads once on every machine
         model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint')
         splits = open_dataset(dataset, dataset_config, streaming)
@@ -63,7 +70,9 @@ def main(
     data_config = resolve_model_data_config(model)
     images = (StreamedImages if streaming else LabelledImages)(
         take_parts(splits, parts), split, f'{dataset} split {split!r}', eval_transform(data_config), image_column,
-        label_column)
+        label_column, seed or 0)
+    if validation_share:
+        _, images = images.hold_out(validation_share)
     match_classes(images, model, f'checkpoint {checkpoint!r}', accelerator.print)
 
     num_workers = min(num_workers, usable_cores())
@@ -91,6 +100,29 @@ def main(
     accelerator.end_training()
 
 
+def find_hold_out(checkpoint: str, share: float, split: str | None, seed: int | None) -> tuple[str, int]:
+    """The split of which a run held out a share, and the seed that chose it: of the run's record where there is one.
+
+    Raises:
+        SystemExit: The run held out other images, and was trained on some of these; or nobody says the seed.
+    """
+    record = Path(checkpoint, 'result.json')
+    if not record.is_file():
+        if seed is None:
+            raise SystemExit(
+                f'--validation-share needs --seed, that of the training run: {checkpoint} has no result.json to say it')
+        return split or 'train', seed
+    recipe = read_json(record)['recipe']
+    for name, option, value in (
+            ('validation_share', '--validation-share', share), ('train_split', '--split', split),
+            ('seed', '--seed', seed)):
+        if value not in (None, recipe.get(name)):
+            raise SystemExit(
+                f'{option} must be {recipe.get(name)}, as in the run of {checkpoint}, got {value}: it was trained on '
+                f'some of these images')
+    return recipe['train_split'], recipe['seed']
+
+
 def match_classes(images: LabelledImages, network: nn.Module, what: str, say: Callable[[str], None]) -> None:
     """Number the images' classes as the checkpoint does: by their names, or as they are where one has none.
 
@@ -103,12 +135,7 @@ def match_classes(images: LabelledImages, network: nn.Module, what: str, say: Ca
     Raises:
         SystemExit: There are classes that the checkpoint does not have.
     """
-    names, subset = label_names(network, what), infer_imagenet_subset(network)
-    descriptions = network.pretrained_cfg.get('label_descriptions') or {}
-    known = [names, [descriptions.get(name, name) for name in names]] if names else []
-    if subset and not names:  # a checkpoint of ImageNet, whose names nobody wrote into it
-        info = ImageNetInfo(subset)
-        known = [info.label_names(), info.label_descriptions()]
+    names, known = label_names(network, what), known_names(network, what)
     for candidates in known:
         if (new_numbers(images.label_names, candidates)[images.targets] >= 0).all():
             return images.use_classes(candidates, what)

@@ -1,5 +1,6 @@
 """Datasets as people have them: folders, text labels, configurations, slices, held-out images, classes by name."""
 import os
+import shutil
 
 import _data
 import _dataset
@@ -267,6 +268,46 @@ def test_the_classes_of_a_checkpoint_are_found_by_name(
         write_files(tmp_path, 'train/dark/1.png')
     out = score(monkeypatch, capsys, checkpoint, tmp_path)
     assert 'top-1: 100.00' in out and 'numbers' not in out
+
+
+def test_a_network_is_scored_on_what_its_run_held_out(
+        digits_folder, tmp_path, monkeypatch, capsys, fresh_accelerator):
+    shutil.copytree(digits_folder, tmp_path / 'set')
+    (tmp_path / 'set' / 'test.parquet').unlink()
+
+    def evaluate_run(*options):
+        monkeypatch.setattr(evaluate, 'use_all_cores', lambda accelerator: None)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        evaluate.main(**vars(evaluate.parse_evaluate([
+            str(tmp_path / 'run'), '--dataset', str(tmp_path / 'set'), '--num-workers', '0', *options])))
+        return capsys.readouterr().out.splitlines()
+
+    record = run(make_recipe(
+        tmp_path / 'set', epochs=1, seed=3, train_split='train[:60]', validation_share=0.4), tmp_path / 'run')
+    capsys.readouterr()
+    found = evaluate_run('--validation-share', '0.4')
+    for line in f'top-1: {record["top1"]:.2f}', f'loss: {record["loss"]:.4f}', 'images: 24':
+        assert line in found
+    for options, message in (
+            (['--validation-share', '0.5'], '--validation-share must be 0.4, as in the run of .*run, got 0.5: it was '),
+            (['--validation-share', '0.4', '--seed', '0'], '--seed must be 3, .* got 0: it was trained on some'),
+            (['--validation-share', '0.4', '--split', 'train'], r'--split must be train\[:60\], .* got train')):
+        with pytest.raises(SystemExit, match=message):
+            evaluate_run(*options)
+    (tmp_path / 'run' / 'result.json').unlink()
+    with pytest.raises(SystemExit, match='--validation-share needs --seed, that of the training run: .*run has no'):
+        evaluate_run('--validation-share', '0.4')
+    assert found[:4] == evaluate_run('--validation-share', '0.4', '--seed', '3', '--split', 'train[:60]')[:4]
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--validation-share', '1'], '--validation-share must be above 0 and below 1, got 1.0'),
+    (['--validation-share', '0.1', '--streaming'], '--validation-share must be left out with --streaming, which .*'),
+    (['--seed', '1'], '--seed has no effect: it needs --validation-share'),
+])
+def test_what_holds_nothing_out_is_refused(options, message):
+    with pytest.raises(SystemExit, match=f'^{message}$'):
+        evaluate.parse_evaluate(['run', '--dataset', 'digits', *options])
 
 
 def test_a_class_that_the_checkpoint_does_not_have_is_named(
