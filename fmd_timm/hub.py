@@ -9,7 +9,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from .inference import PreparedConv2d
+from .layers.prepared import PreparedConv2d
 from .models._pretrained import WEIGHTS_NAME
 from .models.dynamic_cnn import describe
 

@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
+from timm.utils import reparameterize_model
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,12 +18,12 @@ from fmd_timm import (
     DynamicConv2d,
     FMDConv2d,
     ODConv2d,
-    inference,
     make_dynamic,
     prepare_for_inference,
     set_temperature,
 )
-from fmd_timm.inference import PreparedConv2d
+from fmd_timm.layers import prepared as prepared_layer
+from fmd_timm.layers.prepared import PreparedConv2d
 from fmd_timm.ops import c_conv, im2col, per_image
 
 METHODS = [CondConv2d, DyConv2d, ODConv2d, FMDConv2d]
@@ -61,7 +62,7 @@ def prefer(algorithm, monkeypatch):
     def fastest(question, case, algorithms, run, may_time):
         return algorithm if algorithm in algorithms else algorithms[0]
 
-    monkeypatch.setattr(inference, 'fastest', fastest)
+    monkeypatch.setattr(prepared_layer, 'fastest', fastest)
 
 
 @pytest.fixture(params=['fastest', 'c_conv', 'im2col', 'per_image without C'])
@@ -116,7 +117,7 @@ def test_in_c_a_layer_computes_the_same(shape, layer, batch, threads, compiled, 
     expected = copy.deepcopy(net).double()(x.double())
     prepared, threads_before = PreparedConv2d(*net), torch.get_num_threads()
     prefer(c_conv, monkeypatch)
-    monkeypatch.setattr(inference, 'convolve', None)  # of PyTorch
+    monkeypatch.setattr(prepared_layer, 'convolve', None)  # of PyTorch
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
@@ -365,7 +366,7 @@ def test_an_example_is_timed_at_once(monkeypatch):
         timed.append(may_time)
         return algorithms[0]
 
-    monkeypatch.setattr(inference, 'fastest', fastest)
+    monkeypatch.setattr(prepared_layer, 'fastest', fastest)
     model = make_model()
     prepared = prepare_for_inference(model, example_input=make_images(1))
     assert timed == [True] * 16
@@ -373,7 +374,7 @@ def test_an_example_is_timed_at_once(monkeypatch):
     assert len(timed) == 16
     for size in range(64, 64 + 32 * 10, 32):
         assert_same(prepared, model, make_images(1, size))
-    assert timed.count(True) == 16 * inference.TIMED_SIZES  # images of other sizes are not held up
+    assert timed.count(True) == 16 * prepared_layer.TIMED_SIZES  # images of other sizes are not held up
 
 
 def test_arithmetic_of_a_prepared_network_is_counted():
@@ -384,3 +385,12 @@ def test_arithmetic_of_a_prepared_network_is_counted():
             network(make_images(1))
         counts.append(counter.get_total_flops())
     assert counts[1] == pytest.approx(counts[0], rel=0.01)  # without the attention's last few additions
+
+
+@pytest.mark.parametrize('layer', METHODS)
+def test_timms_own_way_reaches_the_prepared_layer(layer):
+    model = make_model(f'resnet18_{layer.suffix}')
+    fused = reparameterize_model(model)
+    assert not [m for m in fused.modules() if isinstance(m, DynamicConv2d)]
+    assert len([m for m in fused.modules() if isinstance(m, PreparedConv2d)]) == 16
+    assert_same(fused.eval(), model, make_images())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import dynamic_conv2d
 from .attention import DynamicAttention
+from .prepared import PreparedConv2d
 
 __all__ = ['DynamicConv2d']
 
@@ -153,6 +154,10 @@ class DynamicConv2d(nn.Module):
             x, self.weight, kernel_attn, in_attn, out_attn, tap_attn, self.bias,
             self.stride, self.padding, self.dilation, self.groups,
         )
+
+    def fuse(self) -> PreparedConv2d:
+        """What timm's `reparameterize_model` puts in its place, which reaches no BatchNorm behind it."""
+        return PreparedConv2d(self)
 
     def extra_repr(self) -> str:
         padding = 'same as TensorFlow' if self.tf_same_padding else self.padding

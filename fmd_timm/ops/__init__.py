@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import operator  # registers it
+from .decomposition import decompose, decompositions
 
-__all__ = ['dynamic_conv2d', 'mixed_bias']
+__all__ = ['decompositions', 'dynamic_conv2d', 'mixed_bias']
 
 
 def dynamic_conv2d(
@@ -65,6 +66,8 @@ def dynamic_conv2d(
         tensors = x, weight, kernel_attn, in_attn, out_attn, tap_attn
         operator.refuse_forward_mode(*tensors)
         run = operator.forward if operator.is_plain(*tensors) else torch.ops.fmd_timm.dynamic_conv2d
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # by TorchScript, which reads no table
+            run = decompose
         y = run(*tensors, s, p, d, groups)
     if bias is None:
         return y

@@ -160,7 +160,8 @@ _forward = torch.library.custom_op(
 
 
 @_forward.register_fake
-def _(x, weight, kernel_attn, in_attn, out_attn, tap_attn, *conv_args):
+def fake(x, weight, kernel_attn, in_attn, out_attn, tap_attn, *conv_args):
+    """A result that is not computed: its size, dtype and layout alone."""
     check(x, weight, Attention(kernel_attn, in_attn, out_attn, tap_attn), *conv_args)
     return _empty_result(x, weight, kernel_attn, conv_args)
 

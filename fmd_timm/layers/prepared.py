@@ -1,0 +1,147 @@
+"""A dynamic convolution prepared for inference, with the BatchNorm behind it: fewer operations, the fastest algorithm.
+
+A BatchNorm behind a dynamic convolution scales its output channels, as does each of the K kernels: the scale goes into
+the kernels, the shift stays an addition, since the gates would multiply it. The BatchNorm of the attention goes into
+the squeeze in front of it.
+"""
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from timm.layers import pad_same
+from torch import Tensor
+
+from ..ops import c_conv, dynamic_conv2d, mixed_bias
+from ..ops.case import Attention, case_of
+from ..ops.fastest import fastest
+from ..ops.operator import algorithms, check, convolve, is_plain
+from .folded import norm_as_affine
+
+__all__ = ['PreparedConv2d']
+
+TIMED_SIZES = 8  # of images, per layer: in a service that gets images of every size, each would be slow the first time
+
+
+class _Made(NamedTuple):
+    """What a prepared layer made of its parameters."""
+    state: list[tuple[int, int]]  # where they were and which version they had
+    memory: list[Tensor]  # keeps theirs, so that no other parameter gets it
+    layer: c_conv.Layer | None
+    algorithms: dict[tuple, ModuleType]  # that are the fastest, by the shape and layout of the images and the threads
+
+
+class PreparedConv2d(nn.Module):
+    """A dynamic convolution for inference together with the BatchNorm behind it.
+
+    On the CPU it times, for the first few sizes of images, what is fastest here (`ops/fastest.py`): attention and
+    convolution as one call into C, which has its own layout of the kernels, or one of the algorithms of PyTorch. Other
+    devices, gradients, autocast, tracing and compilation go through the operator.
+
+    Args:
+        conv: The `DynamicConv2d`, whose attention becomes this one's.
+        norm: The BatchNorm in evaluation mode, if there is one.
+
+    Raises:
+        ValueError: The attention of the layer was replaced, by quantization for instance.
+    """
+
+    def __init__(self, conv: nn.Module, norm: nn.BatchNorm2d | None = None):
+        super().__init__()
+        self.num_kernels = conv.num_kernels
+        self.kernel_size, self.tf_same_padding = conv.kernel_size, conv.tf_same_padding
+        self.conv_args = conv.stride, conv.padding, conv.dilation, conv.groups
+        weight, bias, self.shift = conv.weight.detach(), conv.bias, None
+        if norm is not None:
+            scale, shift = norm_as_affine(norm)
+            self.shift = nn.Parameter(shift)
+            scale = scale.repeat(conv.num_kernels)
+            weight = weight * scale[:, None, None, None]
+            bias = None if bias is None else bias * scale
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+        self.attention = conv.attention.fold()
+        self._made: _Made | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = *self._parameters.values(), *self.attention._parameters.values()
+        if not self._is_plain(x, parameters):
+            return self._by_operator(x)
+        # Changes of a parameter are seen, except through `.data` in the same memory: PyTorch keeps no note of those.
+        state = [(t.data_ptr(), t._version) for t in parameters if t is not None]
+        made = self._made
+        if made is None or made.state != state:
+            memory = [t.detach() for t in parameters if t is not None]
+            made = self._made = _Made(state, memory, self._in_c(), {})
+        key = x.shape, x.is_contiguous(memory_format=torch.channels_last), torch.get_num_threads()
+        algorithm = made.algorithms.get(key)
+        if algorithm is None:
+            algorithm = made.algorithms[key] = self._fastest(x, made)
+        return self._by(algorithm, x, made.layer)
+
+    def _is_plain(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
+        """Whether its own ways are open: on the CPU, where changes of the parameters are seen."""
+        return (
+            x.dtype == self.weight.dtype in (torch.float32, torch.float64) and x.device.type == 'cpu' and x.ndim == 4
+            and x.numel() > 0 and is_plain(x, *parameters) and not self.weight.is_inference()
+        )
+
+    def _by_operator(self, x: Tensor) -> Tensor:
+        attention = self.attention(x)
+        y = dynamic_conv2d(self._padded(x), self.weight, *attention, self.bias, *self.conv_args)
+        return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
+
+    def _by(self, algorithm: ModuleType, x: Tensor, layer: c_conv.Layer | None) -> Tensor:
+        if algorithm is c_conv:
+            return layer(x)
+        attention = Attention(*(self.attention(x) if layer is None else layer.attend(x)))
+        y = convolve(self._padded(x), self.weight, attention, *self.conv_args, algorithm)
+        if self.bias is not None:
+            y += mixed_bias(self.bias, attention.kernel_attn, attention.out_attn)[:, :, None, None]
+        return y if self.shift is None else y.add_(self.shift[:, None, None])
+
+    def _fastest(self, x: Tensor, made: '_Made') -> ModuleType:
+        """The algorithm for images of this size; that of C stands for attention and convolution in one call."""
+        *_, groups = self.conv_args
+        if x.shape[1] != groups * self.weight.shape[1]:
+            raise ValueError(f'x must have shape (B, {groups * self.weight.shape[1]}, H, W), got {tuple(x.shape)}')
+        padded, attention = self._padded(x), Attention(*self.attention(x))
+        check(padded, self.weight, attention, *self.conv_args)
+        case = case_of(padded, self.weight, attention, *self.conv_args)
+        case = case._replace(channels_last=True, weight_channels_last=True)  # C copies what is laid out otherwise
+        in_c = made.layer is not None and made.layer.convolves
+        candidates = [algorithm for algorithm in algorithms('prepared', case) if in_c or algorithm is not c_conv]
+        return fastest(
+            'prepared', case, candidates, lambda tried: self._by(tried, x, made.layer),
+            may_time=len(made.algorithms) < TIMED_SIZES)
+
+    def _in_c(self) -> c_conv.Layer | None:
+        """The attention in C, and the convolution too unless it has a bias or TensorFlow's padding."""
+        attention = self.attention
+        if attention.kernel_weight is None or self.weight.dtype != torch.float32 or not c_conv.is_available():
+            return None
+        maps = [None if weight is None else (weight, bias) for weight, bias in (
+            (attention.squeeze_weight, attention.squeeze_bias), (attention.gates_weight, attention.gates_bias),
+            (attention.kernel_weight, attention.kernel_bias))]
+        *pairs, groups = self.conv_args
+        is_convolved = (
+            groups == 1 and self.bias is None and not self.tf_same_padding
+            and c_conv.takes(self.weight, self.num_kernels))
+        return c_conv.Layer(
+            *maps, attention.competes, attention.gate_sizes, groups * self.weight.shape[1],
+            self.weight if is_convolved else None, self.shift, *pairs)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        stride, _, dilation, _ = self.conv_args
+        return pad_same(x, self.kernel_size, stride, dilation) if self.tf_same_padding else x
+
+    def __getstate__(self) -> dict:
+        return dict(self.__dict__, _made=None)
+
+    def __prepare_scriptable__(self) -> None:
+        raise NotImplementedError(
+            'a prepared network can not be scripted: use torch.jit.trace or torch.export, or script the network it was '
+            'prepared from')
+
+    def extra_repr(self) -> str:
+        return f'num_kernels={self.num_kernels}, kernel_size={self.kernel_size}, stride={self.conv_args[0]}'

@@ -1,0 +1,106 @@
+"""The operator in plain ATen operations, for what has no operator of ours: ONNX, OpenVINO, ExecuTorch.
+
+It stands in PyTorch's table of decompositions, in which `torch.onnx.export(..., dynamo=True)` finds it. `torch.export`
+keeps the operator, which other runtimes need to have taken out: `program.run_decompositions(decompositions())`.
+"""
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .case import memory_format
+from .layout import gated
+from .operator import fake
+
+__all__ = ['decompose', 'decompositions']
+
+
+def decompose(
+        x: Tensor, weight: Tensor, kernel_attn: Tensor | None, in_attn: Tensor | None, out_attn: Tensor | None,
+        tap_attn: Tensor | None, stride, padding, dilation, groups: int,
+) -> Tensor:
+    """The operator, for any batch and image size; its arguments.
+
+    A batch that is known to be 1 is a convolution whose kernel is mixed before. Any other is a product of matrices for
+    each image, of its kernel and what the taps see: a convolution has one kernel for all images, and as many groups as
+    there are images can't be written down for any batch. So is a kernel of one tap, which sees the image itself.
+    """
+    images, taps = gated(x, in_attn), weight.shape[2] * weight.shape[3]
+    if kernel_attn is None and tap_attn is None:
+        y = F.conv2d(images, weight.to(x.dtype), None, stride, padding, dilation, groups)
+    else:
+        kernels = _mixed(weight, kernel_attn, tap_attn).to(x.dtype)  # (B, O, i, taps)
+        if isinstance(x.shape[0], int) and x.shape[0] == 1 and taps > 1:
+            kernel = kernels.reshape(-1, *weight.shape[1:])
+            y = F.conv2d(images, kernel, None, stride, padding, dilation, groups)
+        else:
+            y = _convolved(images, kernels, weight.shape[2:], stride, padding, dilation, groups)
+    return gated(y, out_attn).contiguous(memory_format=memory_format(x))
+
+
+def _mixed(weight: Tensor, kernel_attn: Tensor | None, tap_attn: Tensor | None) -> Tensor:
+    """The kernels of the images (B, O, i, taps), in the dtype of `weight`."""
+    rows, channels, kh, kw = weight.shape
+    if kernel_attn is None:
+        kernels = weight
+    else:
+        K = kernel_attn.shape[1]
+        rows, kernels = rows // K, torch.mm(kernel_attn.to(weight.dtype), weight.reshape(K, -1))
+    kernels = kernels.reshape(-1, rows, channels, kh * kw)
+    return kernels if tap_attn is None else kernels * tap_attn.to(weight.dtype)[:, None, None]
+
+
+def _convolved(images: Tensor, kernels: Tensor, kernel_size, stride, padding, dilation, groups: int) -> Tensor:
+    """The images (B, I, H, W) by the kernels (B, O, i, taps), as products of matrices."""
+    _, O, channels, taps = kernels.shape
+    images = F.pad(images, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else images
+    # In two steps: exporters take as long for an operation as for a convolution, and kh * kw slices would be many.
+    seen_rows, seen_columns = map(_seen, kernel_size, stride, dilation)
+    rows = torch.stack([images[:, :, seen] for seen in seen_rows], 2)  # (B, I, kh, H', W)
+    windows = torch.stack([rows[..., seen] for seen in seen_columns], 3)  # (B, I, kh, kw, H', W')
+    height, width = windows.shape[4:]
+    patches = windows.reshape(-1, channels * taps, height * width)
+    y = torch.bmm(kernels.reshape(-1, O // groups, channels * taps), patches)
+    return y.reshape(-1, O, height, width)
+
+
+def _seen(taps: int, stride: int, dilation: int) -> list[slice]:
+    """The pixels that each tap sees, in one dimension of padded images of any size."""
+    last = dilation * (taps - 1)
+    return [slice(start, start - last or None, stride) for start in range(0, last + 1, dilation)]
+
+
+def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
+    """PyTorch's default decompositions and that of our operator, for `torch.export.ExportedProgram.run_decompositions`.
+
+    The program then holds no operator of ours: runtimes other than PyTorch take it, and a process that loads it does
+    not need this package.
+    """
+    table = torch.export.default_decompositions()
+    table[torch.ops.fmd_timm.dynamic_conv2d.default] = decompose
+    return table
+
+
+def register() -> None:
+    """Let the ONNX exporter find the decomposition.
+
+    The table is private to PyTorch: a version that has moved it is named in a warning, and all else works on.
+    """
+    operator = torch.ops.fmd_timm.dynamic_conv2d.default
+    try:
+        from torch._decomp import register_decomposition
+        register_decomposition(operator)(decompose)
+        # Tensors without memory would go through the decomposition too, for images of any size: slower, and compiled
+        # networks would be tied to what it asks of the sizes. They prefer what is registered as meta.
+        register_decomposition(operator, type='meta')(fake)
+    except (ImportError, TypeError) as error:
+        warnings.warn(
+            f'torch.onnx.export will not know dynamic_conv2d: torch {torch.__version__} has another table of '
+            f'decompositions ({error}). Give it '
+            'torch.export.export(model, ...).run_decompositions(fmd_timm.decompositions()) instead of the model',
+            stacklevel=2)
+
+
+register()
