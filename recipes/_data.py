@@ -51,13 +51,13 @@ class LabelledImages(torch.utils.data.Dataset):
         self.split, self.name = split, name
         self.image_column = find_image_column(rows, name, image_column)
         self.label_column = find_label_column(rows, name, label_column)
-        self.take(rows)
+        self.keep(rows)
         self.indices = np.arange(len(rows))  # of the rows that are used
         self.transform = transform
         self.seed = seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
-    def take(self, rows: datasets.Dataset) -> None:
+    def keep(self, rows: datasets.Dataset) -> None:
         """Keep the images, and read all labels."""
         self.kind = rows.info.builder_name  # 'imagefolder', 'parquet', ...
         self.targets, self.label_names, self.is_declared = read_labels(rows, self.name, self.label_column)
@@ -161,7 +161,7 @@ class StreamedImages(LabelledImages):
     `targets` has the number of each class that the dataset declares, and not of each image.
     """
 
-    def take(self, rows: ParquetRows) -> None:
+    def keep(self, rows: ParquetRows) -> None:
         self.kind, self.is_declared = 'parquet', True
         self.label_names = declared_names(rows, self.name, self.label_column)
         self.targets = np.arange(len(self.label_names))

@@ -2,8 +2,8 @@
 
 A row group of a file is read at once, and each loading process reads row groups of its own. Which row comes when is
 known beforehand, as with rows on the disk. So each image comes once, an epoch goes on at any batch, and an evaluation
-is exact, for every number of processes, loading processes and files. `datasets` streams too, but in an order of which
-only the processes that read it know how far they are, and whose files must divide by their number.
+is exact, for every number of processes, loading processes and files. An `IterableDataset` of `datasets` promises none
+of that: it shares out whole files, of any length, and its shuffle buffer is lost when a run stops.
 """
 import dataclasses
 import functools

@@ -69,7 +69,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     asked, recipe = recipe, complete(recipe, network)
     check_pass(recipe, network, recipe.batch_size // (accelerator.num_processes * recipe.accumulate))
     model_bytes = 4 * sum(p.numel() for p in network.parameters())
-    settings = run_settings(preset, asked, origin, teacher_origin)
+    settings = run_settings(
+        preset, dataclasses.replace(asked, num_workers=recipe.num_workers), origin, teacher_origin)
     lock, checkpoint, progress = open_output(accelerator, output, resume, model_bytes, settings)  # until main ends
     progress = progress or dict(
         settings=settings, images=None, epochs_done=0, step=0, seconds=0.0, waited=0.0, train_loss=None, legs=[],

@@ -168,6 +168,7 @@ def test_each_epoch_has_another_order_in_which_images_leave_their_neighbours(num
     assert first != list(_streaming.OwnGroups(rows, 12, 1, 1, seed=1))
     assert sum(abs(a - b) == 1 for a, b in zip(first, first[1:])) < 20
     assert list(_streaming.OwnGroups(rows, 12, 1, 1)) == list(range(61))
+    assert sorted(_streaming.OwnGroups(rows, 62, 2, 3)) == list(range(61))  # fewer than a batch
 
 
 @pytest.mark.parametrize('options', [
@@ -199,6 +200,8 @@ def test_what_cannot_be_streamed_is_refused(hub, tmp_path):
 def test_what_cannot_be_read_is_named_with_its_row(hub, numbers):
     images = _data.open_images(make_recipe(numbers, streaming=True))['train']
     hub.gate('datasets/acme/numbers')
+    with pytest.raises(SystemExit, match="dataset 'acme/numbers' is gated: ask for access"):
+        _dataset.open_dataset(numbers, streaming=True)
     with pytest.raises(_data.BadImage, match="^acme/numbers split 'train': row 21 cannot be read: .*restricted"):
         images[21]
     files = {f'{split}.parquet': parquet(make_rows([0, None, 1])) for split in ('train', 'test')}
