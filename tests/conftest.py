@@ -7,6 +7,11 @@ from hub_server import HubServer, empty_caches, redirect_clients
 
 # Tensors are small here: more threads would only wait for each other, on a busy machine for long.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# Each worker of pytest-xdist has a core of its own, and so have the processes that its tests start: recipes use all
+# cores that they may, and threads that share one wait for each other, too.
+if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
+    cores, worker = sorted(os.sched_getaffinity(0)), int(os.environ['PYTEST_XDIST_WORKER'].removeprefix('gw'))
+    os.sched_setaffinity(0, cores[worker % len(cores):][:1])
 # Libraries read these variables when they are imported.
 HUB, CLIENTS_HOME = HubServer(), tempfile.TemporaryDirectory()
 redirect_clients(os.environ, HUB.endpoint, CLIENTS_HOME.name)

@@ -50,7 +50,7 @@ SIZES = 'in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'gro
 
 
 def make_model(name, **args):
-    defaults = dict(device='meta', num_classes=5)
+    defaults = dict(num_classes=5)
     if name.startswith('resnet'):
         defaults.update(channels=(8, 16, 32, 64), layers=(1, 2, 1, 1))
     return timm.create_model(name, **dict(defaults, **args))
