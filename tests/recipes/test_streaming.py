@@ -197,6 +197,14 @@ def test_what_cannot_be_streamed_is_refused(hub, tmp_path):
             _data.open_images(make_recipe(name, streaming=True, batch_size=1))
 
 
+def test_a_connection_that_breaks_is_tried_again(hub, numbers):
+    images = _data.open_images(make_recipe(numbers, streaming=True))['train']
+    for status in None, 503:
+        hub.fail('GET .*parquet', status, times=1)
+        _streaming.read_group.cache_clear()
+        assert images.read(21)[1] == 21
+
+
 def test_what_cannot_be_read_is_named_with_its_row(hub, numbers):
     images = _data.open_images(make_recipe(numbers, streaming=True))['train']
     hub.gate('datasets/acme/numbers')
