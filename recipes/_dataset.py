@@ -1,6 +1,8 @@
 """A Hugging Face dataset: where it is, its configuration, its splits, and which of its columns are meant."""
 import contextlib
 import functools
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,10 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 from _streaming import ParquetRows, open_streamed, read_schema
-from datasets.data_files import SPLIT_KEYWORDS
+from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS, DataFilesList
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
-SPLIT_FOLDERS = {word for words in SPLIT_KEYWORDS.values() for word in words}  # 'train', 'val', ...
+SPLIT_FOLDERS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}  # 'val', ...
+# Names that `datasets` takes for those of splits, such as train-station, and hidden ones.
+SPECIAL = re.compile(rf'(.*[{NON_WORDS_CHARS}])?({"|".join(SPLIT_FOLDERS)})([{NON_WORDS_CHARS}].*)?|(\.|__).*')
 
 
 def load_digits() -> datasets.DatasetDict:
@@ -54,8 +59,7 @@ def open_dataset(name: str, config: str | None = None, streaming: bool = False) 
         return load_digits()
     expected = "expected 'digits', a folder of parquet files or images, or a dataset id on the Hub"
     try:
-        with listed_once():
-            dataset = open_streamed(name, config) if streaming else datasets.load_dataset(name, config)
+        dataset = open_streamed(name, config) if streaming else load_dataset(name, config)
     except datasets.exceptions.DatasetNotFoundError as error:
         if 'gated' in str(error):
             raise SystemExit(
@@ -78,6 +82,49 @@ def open_dataset(name: str, config: str | None = None, streaming: bool = False) 
     elif Path(name).is_dir():
         check_files(name, features, ((path, pa.parquet.read_schema(path)) for path in Path(name).rglob('*.parquet')))
     return dataset
+
+
+def load_dataset(name: str, config: str | None) -> datasets.DatasetDict:
+    """As `datasets.load_dataset` does, which takes minutes for a folder of several hundred thousand images."""
+    files = find_class_files(name) if config is None else None
+    if files:
+        return datasets.load_dataset('imagefolder', data_files=files)
+    with listed_once():
+        return datasets.load_dataset(name, config)
+
+
+def find_class_files(name: str) -> dict[str, DataFilesList] | None:
+    """The files of a folder that has nothing but a folder of images for each class, or these in folders of splits.
+
+    They are those that `datasets` finds. None where it must look itself, because there is something else (tables,
+    archives, folders in folders) or a name that is special for it.
+    """
+    root = Path(name).resolve()
+    if not root.is_dir():
+        return None
+    entries = list(os.scandir(root))
+    folders = {SPLIT_FOLDERS.get(entry.name): entry.path for entry in entries if entry.is_dir(follow_symlinks=False)}
+    in_splits = None not in folders
+    if not in_splits:
+        folders = {'train': str(root)} if len(folders) == 1 else {}
+    elif len(folders) < len(entries):
+        return None
+    found = {}
+    for split in filter(folders.get, map(str, SPLIT_KEYWORDS)):
+        classes = list(os.scandir(folders[split]))
+        if not all(entry.is_dir(follow_symlinks=False) for entry in classes):
+            return None
+        files = sorted((file for entry in classes for file in os.scandir(entry)), key=lambda file: file.path)
+        names = [entry.name for entry in (classes if in_splits else [*classes, *files])]
+        if not files or any(map(SPECIAL.fullmatch, names)) or not all(map(is_image, files)):
+            return None
+        found[split] = DataFilesList([file.path for file in files], [(str(file.stat().st_mtime),) for file in files])
+    return found
+
+
+def is_image(file: os.DirEntry) -> bool:
+    is_one = os.path.splitext(file.name)[1].lower() in ImageFolder.EXTENSIONS
+    return is_one and file.is_file() and not file.name.startswith('.')
 
 
 @contextlib.contextmanager

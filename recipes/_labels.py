@@ -64,7 +64,7 @@ def read_labels(rows: datasets.Dataset, name: str, column: str) -> tuple[np.ndar
     feature = rows.features[column]
     labels = rows.select_columns([column]).with_format('arrow')[:][column]
     declared = isinstance(feature, datasets.ClassLabel)
-    if declared and SPLIT_FOLDERS.issuperset(feature.names):
+    if declared and SPLIT_FOLDERS.keys() >= set(feature.names):
         raise SystemExit(
             f'{name}: its classes are {" and ".join(feature.names)}, which are splits: a folder of images needs a '
             f'folder for each class within those of the splits, as in {feature.names[0]}/cat/1.jpg')

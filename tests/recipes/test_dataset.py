@@ -191,6 +191,7 @@ def test_a_file_that_comes_in_both_splits_is_noticed(tmp_path):
 def test_a_folder_is_listed_once_however_many_files_it_has(tmp_path, monkeypatch):
     """`datasets` would list all its files for each of 46 patterns."""
     write_files(tmp_path, *(f'{split}/{label}/1.png' for split in ('train', 'test') for label in 'ab'))
+    (tmp_path / 'README.md').write_text('')  # so that it looks itself
     listed, scandir = [], os.scandir
 
     def counted(path):
@@ -203,6 +204,39 @@ def test_a_folder_is_listed_once_however_many_files_it_has(tmp_path, monkeypatch
     assert 1 <= listed.count(str(tmp_path / 'train' / 'a')) < 10
     write_files(tmp_path, 'train/b/2.png')
     assert len(_dataset.open_dataset(str(tmp_path))['train']) == 3
+
+
+CLASSES = 'train/cat/1.png', 'train/cat/train_2.JPG', 'train/dog-2/1.png', 'val/cat/1.png', 'val/dog-2/3.bmp'
+
+
+@pytest.mark.parametrize('names, is_plain', [
+    (CLASSES, True), (('cat/1.png', 'cat-dog/2.png', 'dog/1.png'), True), (('train/a/1.png', 'valid/a/1.png'), True),
+    ((*CLASSES, 'val/train-station/1.png'), False), ((*CLASSES, 'val/cat/more/1.png'), False),
+    ((*CLASSES, 'valid/cat/1.png'), False), ((*CLASSES, 'new/cat/1.png'), False), ((*CLASSES, '1.png'), False),
+    ((*CLASSES, '.hidden/cat/1.png'), False), ((*CLASSES, 'val/cat/.2.png'), False),
+    ((*CLASSES, 'val/__cat/2.png'), False), (('cat/1.png', 'dog/test_1.png'), False), (('1.png', '2.png'), False),
+    (('train/cat/1.png', 'test/1.png'), False),
+])
+@pytest.mark.parametrize('other', [None, 'README.md', 'train/metadata.csv', 'train/cat/notes.txt'])
+def test_a_folder_of_classes_is_what_datasets_makes_of_it(names, is_plain, other, tmp_path):
+    write_files(tmp_path, *names)
+    if other:
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        table = 'file_name,age\n' + ''.join(f'{name[6:]},3\n' for name in names if name.startswith('train/'))
+        (tmp_path / other).write_text(table if other.endswith('csv') else '')
+    assert bool(_dataset.find_class_files(str(tmp_path))) == (is_plain and not other)
+    try:
+        expected = datasets.load_dataset(str(tmp_path))
+    except Exception:
+        with pytest.raises(SystemExit, match='could not be loaded'):
+            _dataset.open_dataset(str(tmp_path))
+        return
+    found = _dataset.open_dataset(str(tmp_path))
+    assert list(found) == list(expected)
+    for split, rows in found.items():
+        assert rows.features == expected[split].features and rows.info.builder_name == 'imagefolder'
+        tables = [dataset.with_format('arrow')[:] for dataset in (rows, expected[split])]
+        assert tables[0].equals(tables[1])
 
 
 @pytest.mark.parametrize('name', ['my flowers', 'flowers (2024)', 'фото'])
