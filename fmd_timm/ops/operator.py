@@ -243,11 +243,13 @@ def _autograd(ctx, grad_y):
 _forward.register_autograd(_autograd, setup_context=_save_inputs)
 
 
-@register_flop_formula(torch.ops.fmd_timm.dynamic_conv2d)
-def _flops(x_shape, weight_shape, kernel_attn_shape, *args, out_shape=None, **kwargs) -> int:
+def flops(x_shape, weight_shape, kernel_attn_shape, *args, out_shape=None, **kwargs) -> int:
     """Of the definition, whatever algorithm runs: K kernels mixed and one convolution for every image."""
     K = 1 if kernel_attn_shape is None else kernel_attn_shape[1]
     B, O, height, width = out_shape
     kernel = O * weight_shape[1] * weight_shape[2] * weight_shape[3]
     mixing = 0 if K == 1 else K * kernel
     return 2 * B * (mixing + kernel * height * width)
+
+
+register_flop_formula(torch.ops.fmd_timm.dynamic_conv2d)(flops)
