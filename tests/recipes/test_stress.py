@@ -20,7 +20,8 @@ ENV = dict(os.environ, ACCELERATE_USE_CPU='1', PYTHONPATH=PATH)
 # What a record says of its run's times and circumstances, and not of its result.
 OF_TIMES = {
     'epoch_seconds', 'median_epoch_seconds', 'legs', 'ies', 'rcs', 'ies_infer', 'rcs_infer', 'infer_ms_per_image',
-    'infer_images_per_second', 'train_images_per_second', 'peak_memory_mib', 'command', 'finished', 'git_commit',
+    'infer_images_per_second', 'train_images_per_second', 'data_wait_share', 'peak_memory_mib', 'command', 'finished',
+    'git_commit',
 }
 SCRIPT = '''
 import os, signal, sys, threading, time
