@@ -19,6 +19,7 @@ CHOICES = dict(
     sched=('cosine', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'tanh', 'constant'), comm_hook=(None, 'bf16', 'fp16'),
     precision=('auto', 'bf16', 'fp16', 'fp32'))
 LARGEST = 3.4e38  # that is finite in float32
+MOST_PIXELS = 4096  # of a side
 # Options that change how a run is executed and not what it computes: a run may be resumed with other ones.
 EXECUTION = ('num_workers', 'tracker', 'checkpoint_every')
 
@@ -169,7 +170,7 @@ def check_recipe(recipe: Recipe) -> None:
     for name, choices in CHOICES.items():
         if getattr(recipe, name) not in choices:
             refuse(recipe, name, f'one of {", ".join(filter(None, choices))}')
-    for name, least, most in ('image_size', 1, 4096), ('test_size', 1, 4096), ('seed', 0, 2**32 - 1):
+    for name, least, most in ('image_size', 1, MOST_PIXELS), ('test_size', 1, MOST_PIXELS), ('seed', 0, 2**32 - 1):
         value = getattr(recipe, name)
         if value is not None and not least <= value <= most:
             refuse(recipe, name, f'at least {least} and at most {most}')
@@ -228,13 +229,14 @@ def check_lists(recipe: Recipe) -> None:
         refuse(recipe, 'decay_milestones', f'ascending epochs between 0 and --epochs {recipe.epochs}')
     try:
         sizes = recipe.sizes_by_epoch()
-        fits = all(len(item) == 2 and item[0] > 0 for item in sizes) and _ascend(
+        fits = all(len(item) == 2 and 0 < item[0] <= MOST_PIXELS for item in sizes) and _ascend(
             [-1, *(item[1] for item in sizes), recipe.epochs])
     except ValueError:
         fits = False
     if not fits:
         refuse(
-            recipe, 'image_sizes', f'SIZE:EPOCH ..., the epochs ascending from 0 and below --epochs {recipe.epochs}')
+            recipe, 'image_sizes', f'SIZE:EPOCH ..., the sizes at most {MOST_PIXELS}, the epochs ascending from 0 and '
+            f'below --epochs {recipe.epochs}')
 
 
 def check_schedule(recipe: Recipe) -> None:

@@ -1,11 +1,17 @@
 """recipes/_recipe.py and _presets.py: which values are refused, and which have no effect."""
 import dataclasses
 import json
+import re
+import shlex
+from pathlib import Path
 
+import _arguments
 import pytest
 from _arguments import parse_train
 from _presets import PRESETS
 from _recipe import Recipe, check_recipe
+
+README = Path(__file__).parents[2] / 'README.md'
 
 
 @pytest.mark.parametrize('options, message', [
@@ -23,8 +29,9 @@ from _recipe import Recipe, check_recipe
     (['--sched', 'wsd', '--decay-epochs', '8'],
      '--epochs must be at least the 9 of warm-up, decay and cooldown, got 8'),
     (['--min-lr', '1'], '--min-lr must be at most --lr 0.05, got 1.0'),
-    (['--image-sizes', '8'], '--image-sizes must be SIZE:EPOCH ..., the epochs ascending from 0 and below --epochs 8, '
-     'got 8'),
+    (['--image-sizes', '8'], '--image-sizes must be SIZE:EPOCH ..., the sizes at most 4096, the epochs ascending from '
+     '0 and below --epochs 8, got 8'),
+    (['--image-sizes', '8:0', '4097:1'], '--image-sizes must be .* got 8:0 4097:1'),
     (['--image-sizes', '8:0', '12:x'], '--image-sizes must be .* got 8:0 12:x'),
     (['--image-sizes', '8:4', '12:4'], '--image-sizes must be .* got 8:4 12:4'),
     (['--image-sizes', '8:0', '12:8'], '--image-sizes must be .* got 8:0 12:8'),
@@ -108,6 +115,15 @@ def test_other_recipes_of_the_field_can_be_said():
     parse_train((
         'imagenet --epochs 16 --image-sizes 160:0 176:8 192:12 --test-size 256 --sched poly --decay-rate 1 '
         '--warmup-epochs 2 --batch-size 1024 --lr 1.7 --weight-decay 5e-5 --smoothing 0.1 --comm-hook bf16').split())
+
+
+def test_the_commands_of_the_readme_are_understood():
+    text = README.read_text(encoding='utf-8').replace('\\\n', ' ')
+    commands = re.findall(r'(?:python|launch.*?) recipes/(\w+)\.py\b([^#`"\n]*)', text)
+    for script, arguments in commands:
+        if '--help' not in arguments:
+            getattr(_arguments, f'parse_{script}')(shlex.split(arguments))
+    assert {'train', 'evaluate', 'predict', 'publish', 'compare', 'bench'} <= {script for script, _ in commands}
 
 
 def test_the_preset_may_stand_behind_the_options():
