@@ -287,7 +287,7 @@ def main(models: list[str], layers: bool, rounds: int, table: bool, data: Namesp
     missing = [name for name in models if not {f'{name}_{method}' for method in METHODS} <= {*timm.list_models()}]
     if missing:
         raise SystemExit(f'--models must have dynamic forms ({", ".join(METHODS)}), got {", ".join(missing)}')
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     measured = (bench_layers if layers else bench_networks)(models, device, rounds)
     write_for_device(RESULTS, '.layers' if layers else '', dict(
         what='layers' if layers else 'networks', device=device_name(device), device_type=device.type,

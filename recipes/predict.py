@@ -41,7 +41,7 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
     data_config = resolve_model_data_config(model)
     transform = create_transform(**data_config, is_training=False)
     mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     model.to(device)
 
     predictions = []

@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 import _accelerator
+import _arguments
 import _interruptions
 import _measure
+import bench
+import predict
 import processes
 import pytest
 import tiny
@@ -154,6 +157,30 @@ def test_a_process_ends_with_its_launcher_whatever_ends_that(platform, tmp_path)
             launcher.kill()
     wait_for(lambda: not any(map(is_running, pids)), 30)
     assert (tmp_path / 'heard').read_text() == '(0.0, 0.0, 1.0)'
+
+
+def test_what_runs_without_accelerate_takes_the_accelerator_that_there_is(tmp_path, monkeypatch):
+    """A network for no tensors says where it was sent."""
+    class Network(torch.nn.Module):
+        num_classes = 10
+
+        def to(self, device):
+            sent.append(device)
+            raise SystemExit
+
+    sent, mps = [], torch.device('mps')
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda check_available: mps)
+    monkeypatch.setattr(predict, 'find_images', lambda images: [])
+    monkeypatch.setattr(predict, 'find_source', lambda *_: None)
+    monkeypatch.setattr(predict, 'load_network', lambda *_: Network())
+    monkeypatch.setattr(predict, 'shown_names', lambda *_: [])
+    monkeypatch.setattr(predict, 'resolve_model_data_config', lambda _: dict(input_size=(3, 8, 8)))
+    monkeypatch.setattr(bench, 'bench_networks', lambda models, device, rounds: Network().to(device))
+    for command, arguments in (predict, ['run', 'images']), (bench, ['--models', 'resnet18']):
+        parse = getattr(_arguments, f'parse_{command.__name__}')
+        with pytest.raises(SystemExit):
+            command.main(**vars(parse(arguments)))
+    assert sent == [mps, mps]
 
 
 def test_mps_is_synchronized_and_its_numbers_are_read_without_cuda(monkeypatch):
