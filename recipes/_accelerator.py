@@ -79,6 +79,11 @@ def make_accelerator(recipe: Recipe, output: Path) -> Accelerator:
     return accelerator
 
 
+def images_per_pass(accelerator: Accelerator, recipe: Recipe) -> int:
+    """Those that a process has at a time, and memory for."""
+    return recipe.batch_size // (accelerator.num_processes * recipe.accumulate)
+
+
 def broadcast_buffers(*modules: nn.Module) -> None:
     """Give all processes the buffers of the first one.
 
@@ -117,6 +122,14 @@ def on_all(accelerator: Accelerator, failed: str, act: Callable[[], None], main_
     problem = next(filter(None, gather_object([problem])), None)
     if problem:
         raise SystemExit(f'{failed}: {problem}' if accelerator.is_main_process else 1)
+
+
+def tracked(act: Callable[..., None], *args, **kwargs) -> None:
+    """Do something with the trackers of a run. They only describe it: it goes on where one fails."""
+    try:
+        act(*args, **kwargs)
+    except Exception as error:  # each tracker has its own
+        print(f'warning: the tracker failed: {type(error).__name__}: {error}', flush=True)
 
 
 def exchange(accelerator: Accelerator, loss: Tensor, *wishes: float) -> Callable[[], list[float]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import _checkpoints
 import torch
-from _accelerator import broadcast_buffers, exchange
+from _accelerator import broadcast_buffers, exchange, tracked
 from _interruptions import Interruptions, parse_every
 from _loaders import batches_of
 from _measure import score
@@ -51,7 +51,7 @@ def train_epochs(
             logged = dict(
                 metrics, train_loss=progress['train_loss'], lr=learning_rate(training.optimizer),
                 epoch_seconds=progress['seconds'])
-            accelerator.log(logged, step=epoch + 1)
+            tracked(accelerator.log, logged, step=epoch + 1)
             accelerator.print(
                 f'epoch {epoch + 1}: ' + ', '.join(f'{name} {value:.4g}' for name, value in logged.items()))
             if metrics['top1'] > progress['best_top1']:
@@ -119,7 +119,7 @@ def evaluate(training: Training, loader: DataLoader, interruptions: Interruption
 
 def stop(training: Training, progress: dict[str, Any], checkpoint: Path, signal: int) -> None:
     """End this process as the signal would have ended it, but with a word on how to go on."""
-    training.accelerator.end_training()
+    tracked(training.accelerator.end_training)
     done, step = progress['epochs_done'], progress['step']
     where = f'epoch {done + 1}, step {step}' if step else f'epoch {done}'
     if training.accelerator.is_main_process:

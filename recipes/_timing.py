@@ -24,7 +24,7 @@ from pathlib import Path
 import _broken
 import timm
 import torch
-from _accelerator import make_accelerator
+from _accelerator import images_per_pass, make_accelerator
 from _data import open_images, refuse_bad_images
 from _distillation import load_teacher, make_teacher
 from _loaders import make_loaders, stay_on_device
@@ -54,7 +54,7 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
     asked, recipe = recipe, complete(recipe, timm.create_model(models[0], device='meta'))
     _broken.check(accelerator, recipe, images)
     input_size = (3, recipe.test_size, recipe.test_size)
-    infer_batch = min(recipe.batch_size, len(images['validation']))
+    infer_batch = min(images_per_pass(accelerator, recipe), len(images['validation']))
     label_names = images['train'].label_names
     # The learning rate is 0: the weights stay as they are, and no loss diverges.
     timed = dataclasses.replace(recipe, lr=0.0, epochs=1, sched='constant', warmup_epochs=0, image_sizes=None)

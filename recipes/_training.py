@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import _optim
 import torch
-from _accelerator import exchange
+from _accelerator import exchange, images_per_pass
 from _data import LabelledImages
 from _distillation import Teacher
 from _interruptions import Interruptions
@@ -121,7 +121,7 @@ def make_training(
 
 def say_few_images(accelerator: Accelerator, recipe: Recipe, network: nn.Module) -> None:
     """A pooled image is one value: BatchNorm's statistics are of as many values as a process has images in a pass."""
-    images = recipe.batch_size // (accelerator.num_processes * recipe.accumulate)
+    images = images_per_pass(accelerator, recipe)
     pooled = any(isinstance(module, PooledBatchNorm) for module in network.modules())
     if pooled and images < FEWEST_IMAGES and not recipe.sync_bn:
         accelerator.print(

@@ -15,6 +15,7 @@ if __name__ == '__main__':  # before the imports below, which take seconds
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import _broken
 import _checkpoints
 import _optim
 import torch
-from _accelerator import make_accelerator
+from _accelerator import images_per_pass, make_accelerator, on_main, tracked
 from _data import LabelledImages, open_images, refuse_bad_images
 from _dataset import dataset_name
 from _distillation import load_teacher, make_teacher
@@ -43,6 +44,7 @@ from _start import (
     new_network,
 )
 from _training import Training, make_training
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import nn
@@ -67,7 +69,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
         network, origin = first_network(recipe)
         teacher, teacher_origin = load_teacher(recipe)
     asked, recipe = recipe, complete(recipe, network)
-    check_pass(recipe, network, recipe.batch_size // (accelerator.num_processes * recipe.accumulate))
+    check_pass(recipe, network, images_per_pass(accelerator, recipe))
     model_bytes = 4 * sum(p.numel() for p in network.parameters())
     settings = run_settings(
         preset, dataclasses.replace(asked, num_workers=recipe.num_workers), origin, teacher_origin)
@@ -107,9 +109,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     training = make_training(
         accelerator, recipe, network, config, images['train'], recipe.epochs * steps_per_epoch, teacher)
     training.step = progress['epochs_done'] * steps_per_epoch + progress['step']
-    if recipe.tracker != 'none':
-        given = {name: value for name, value in public(dataclasses.asdict(asked)).items() if value is not None}
-        accelerator.init_trackers('fmd_timm', {k: str(v) if isinstance(v, list) else v for k, v in given.items()})
+    on_main(accelerator, partial(start_tracker, accelerator, asked))
     set_seed(recipe.seed, device_specific=True)  # mixup and dropout differ between the processes
     if checkpoint:
         _checkpoints.load(accelerator, checkpoint, training.ema)
@@ -120,21 +120,29 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     record = None
     if is_main:
         final = accelerator.unwrap_model(training.evaluated)
-        measured = dict(make_record(training, final, images, progress), unread_images=unread)
-        try:
+        try:  # the weights first: what measures them could fail
             save_for_hub(final, output, model_config=dict(label_names=label_names), data_config=config)
             model_args = read_json(output / 'config.json').get('model_args', {})
             model_args = {k: v for k, v in model_args.items() if k not in ('in_chans', 'global_pool')}  # always there
             record = dict(preset=preset, recipe=public(dataclasses.asdict(asked)), init=origin, teacher=teacher_origin)
-            record |= dict(measured, model_args=model_args, weights_sha256=sha256(output / WEIGHTS_NAME))
+            record |= dict(model_args=model_args, weights_sha256=sha256(output / WEIGHTS_NAME), unread_images=unread)
+            record |= make_record(training, final, images, progress)
             record |= training_times(record)
             write_json(output / 'result.json', record)
         except (OSError, SafetensorError) as error:
             raise SystemExit(
                 f'the results could not be written to {output}, --resume auto tries again: {error}') from error
         print(results_table(record))
-    accelerator.end_training()
+    tracked(accelerator.end_training)
     return record
+
+
+def start_tracker(accelerator: Accelerator, asked: Recipe) -> None:
+    given = {name: value for name, value in public(dataclasses.asdict(asked)).items() if value is not None}
+    try:
+        accelerator.init_trackers('fmd_timm', {k: str(v) if isinstance(v, list) else v for k, v in given.items()})
+    except Exception as error:  # each tracker has its own
+        raise SystemExit(f'--tracker {asked.tracker} could not be started: {type(error).__name__}: {error}') from error
 
 
 def run_settings(preset: str, asked: Recipe, origin: dict | None, teacher_origin: dict | None) -> dict[str, Any]:
@@ -159,7 +167,8 @@ def make_record(
     train, validation, layer = images['train'], images['validation'], first_dynamic(network)
     accuracy, input_size = metrics['top1'] / 100, (3, recipe.test_size, recipe.test_size)
     inference = time_inference(
-        accelerator, training.inferring, input_size, min(recipe.batch_size, len(validation)), recipe.channels_last)
+        accelerator, training.inferring, input_size, min(images_per_pass(accelerator, recipe), len(validation)),
+        recipe.channels_last)
     return dict(
         model=recipe.model, method=layer and layer.method,
         temperature=recipe.temperature if training.anneals and recipe.annealed_by else None,

@@ -25,6 +25,7 @@ import train
 from _presets import PRESETS
 from _recipe import Recipe, check_recipe
 from accelerate.state import AcceleratorState
+from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import load_file
 from tiny import make_recipe, run
 
@@ -85,6 +86,29 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     with torch.no_grad():
         right = (model(normalize(batch)).argmax(1) == labels).sum().item()
     assert 100 * right / 50 == pytest.approx(result['top1'])
+
+
+def test_a_tracker_that_fails_ends_no_run(digits_folder, tmp_path, monkeypatch, capsys):
+    """It only describes one."""
+    def fail(self, *args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    for name in 'log', 'finish':
+        monkeypatch.setattr(TensorBoardTracker, name, fail)
+    record = run(make_recipe(digits_folder, epochs=1, tracker='tensorboard'), tmp_path / 'run')
+    said = 'warning: the tracker failed: OSError: [Errno 28] No space left on device'
+    assert record['epochs'] == 1 and capsys.readouterr().out.count(said) == 2
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(TensorBoardTracker, 'start', fail)
+    with pytest.raises(SystemExit, match='--tracker tensorboard could not be started: OSError: .*No space left'):
+        run(make_recipe(digits_folder, tracker='tensorboard'), tmp_path / 'other')
+
+
+def test_weights_are_there_when_they_could_not_be_measured(digits_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'count_gmacs', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(make_recipe(digits_folder, epochs=1), tmp_path)
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).num_classes == 10
 
 
 def test_averaged_weights_are_saved_with_the_present_temperature(digits_folder, tmp_path):

@@ -173,5 +173,6 @@ def test_what_is_dropped_is_of_training_alone(digits_folder, tmp_path, steps):
 def test_few_images_for_the_attentions_statistics_are_said(digits_folder, tmp_path, capsys):
     for accumulate, said in (1, False), (2, True):
         AcceleratorState._reset_state(reset_partial_state=True)
-        run(make_recipe(digits_folder, epochs=1, accumulate=accumulate), tmp_path / str(accumulate))
+        record = run(make_recipe(digits_folder, epochs=1, accumulate=accumulate), tmp_path / str(accumulate))
+        assert record['infer_batch'] == 16 // accumulate  # for no more there is memory
         assert ('BatchNorm statistics of 8 images' in capsys.readouterr().out) == said
