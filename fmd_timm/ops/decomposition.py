@@ -56,10 +56,11 @@ def _convolved(images: Tensor, kernels: Tensor, kernel_size, stride, padding, di
     """The images (B, I, H, W) by the kernels (B, O, i, taps), as products of matrices."""
     _, O, channels, taps = kernels.shape
     images = F.pad(images, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else images
-    # In two steps: exporters take as long for an operation as for a convolution, and kh * kw slices would be many.
+    # In two steps: exporters take as long for a slice as for a convolution, and kh * kw of them would be many.
     seen_rows, seen_columns = map(_seen, kernel_size, stride, dilation)
-    rows = torch.stack([images[:, :, seen] for seen in seen_rows], 2)  # (B, I, kh, H', W)
-    windows = torch.stack([rows[..., seen] for seen in seen_columns], 3)  # (B, I, kh, kw, H', W')
+    images = images[:, :, None]
+    images = torch.cat([images[..., seen, :] for seen in seen_rows], 2)[:, :, :, None]  # (B, I, kh, 1, H', W)
+    windows = torch.cat([images[..., seen] for seen in seen_columns], 3)  # (B, I, kh, kw, H', W')
     height, width = windows.shape[4:]
     patches = windows.reshape(-1, channels * taps, height * width)
     y = torch.bmm(kernels.reshape(-1, O // groups, channels * taps), patches)
