@@ -28,11 +28,11 @@ class RandomResizedCrop:
         self.timms = timms
 
     def __call__(self, image: Tensor) -> Tensor:
-        crop = self.timms.get_params(image, self.timms.scale, self.timms.ratio)
+        *corner, height, width = self.timms.get_params(image, self.timms.scale, self.timms.ratio)
         interpolation = self.timms.interpolation
         if isinstance(interpolation, tuple):
             interpolation = random.choice(interpolation)
-        return F.resized_crop(image, *crop, self.timms.size, interpolation)
+        return F.resized_crop(image, *corner, max(height, 1), max(width, 1), self.timms.size, interpolation)
 
 
 def train_transform(recipe: Recipe, size: int, data_config: dict) -> Callable[[Tensor], Tensor]:

@@ -52,12 +52,15 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
 
 def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
     """timm's schedule of the learning rate, which changes with every step and has `recipe.epochs` in all."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=recipe.sched, num_epochs=recipe.epochs - recipe.cooldown_epochs,
-        decay_epochs=recipe.decay_epochs, decay_milestones=recipe.decay_milestones or (),
-        decay_rate=recipe.decay_rate, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_epochs,
-        warmup_lr=recipe.warmup_lr, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer, sched=recipe.sched, num_epochs=recipe.epochs - recipe.cooldown_epochs,
+            decay_epochs=recipe.decay_epochs, decay_milestones=recipe.decay_milestones or (),
+            decay_rate=recipe.decay_rate, min_lr=recipe.min_lr, warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_lr, step_on_epochs=False, updates_per_epoch=steps_per_epoch,
+        )
+    except ValueError as error:
+        refuse(recipe, 'sched', f'one whose phases have a step each, of {steps_per_epoch} in an epoch ({error})')
     return scheduler
 
 

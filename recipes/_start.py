@@ -65,18 +65,29 @@ def check_augmentation(recipe: Recipe) -> None:
 
 
 def check_pass(recipe: Recipe, network: nn.Module, images: int) -> None:
-    """Refuse one image at a time where that leaves a BatchNorm one value per channel, of which it takes no statistics.
+    """Refuse images of sizes that the network can't take.
+
+    And one image at a time, where that leaves a BatchNorm one value per channel, of which it takes no statistics.
 
     Args:
         recipe: Complete.
         network: On any device; it stays as it is.
         images: Of one process in one forward pass.
     """
+    network = copy.deepcopy(network).to('meta')
+    for size in sorted({*recipe.train_sizes(), recipe.test_size}):
+        name = 'image_sizes' if recipe.image_sizes else 'image_size'
+        try:
+            network.eval()(torch.empty(1, 3, size, size, device='meta'))
+        except Exception as error:  # each network has its own
+            refuse(
+                recipe, name if size in recipe.train_sizes() else 'test_size',
+                f'pixels that a {recipe.model} can take, not {size} ({type(error).__name__}: {error})')
     if images > 1:
         return
     size = min(recipe.train_sizes())
     try:
-        copy.deepcopy(network).to('meta').train()(torch.empty(1, 3, size, size, device='meta'))
+        network.train()(torch.empty(1, 3, size, size, device='meta'))
     except ValueError as error:
         refuse(recipe, 'batch_size', f'larger, so that a process has more than one image at a time ({error})')
 

@@ -31,7 +31,7 @@ from _loaders import make_loaders, stay_on_device
 from _measure import time_inference
 from _recipe import Recipe
 from _record import circumstances, hardware, public, write_json
-from _start import check_names, complete, data_config, new_network
+from _start import check_names, check_pass, complete, data_config, new_network
 from _training import Training, make_training, train_epoch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -60,6 +60,8 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
     timed = dataclasses.replace(recipe, lr=0.0, epochs=1, sched='constant', warmup_epochs=0, image_sizes=None)
     networks = {
         name: new_network(dataclasses.replace(recipe, model=name), num_classes=len(label_names)) for name in models}
+    for name, network in networks.items():
+        check_pass(dataclasses.replace(timed, model=name), network, images_per_pass(accelerator, recipe))
     config = data_config(recipe, networks[models[0]])
     if teacher:
         teacher = make_teacher(teacher, label_names, timed.train_sizes(), accelerator.print)

@@ -95,6 +95,13 @@ def test_training_pixels_are_timms(aa, crop, interpolation, photo):
         assert wrong.float().mean() < 0.1  # posterize and equalize make much of a little
 
 
+@pytest.mark.parametrize('small', [dict(scale=[1e-9, 1e-9]), dict(ratio=[1e-9, 1e-9]), dict(ratio=[1e9, 1e9])])
+def test_a_crop_has_one_pixel_at_least(small):
+    transform = _loaders.train_transform(
+        make_recipe('photo', crop='rrc', **small), 8, dict(interpolation='bilinear', mean=(0.5, 0.4, 0.3)))
+    assert transform(torch.zeros(3, 8, 8, dtype=torch.uint8)).shape == (3, 8, 8)
+
+
 @pytest.mark.parametrize('crop_mode', ['center', 'squash', 'border'])
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
 def test_validation_pixels_are_timms(interpolation, crop_mode, photo):
