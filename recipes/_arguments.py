@@ -12,6 +12,7 @@ from _presets import PRESETS
 from _recipe import VALIDATION_SPLITS, Recipe, check_effects, check_recipe
 
 METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
+EXPORT_SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}  # of the formats of _exported.py
 
 
 def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:
@@ -148,7 +149,7 @@ def parse_evaluate(argv: list[str], description: str | None = None) -> argparse.
 
 def parse_predict(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
-    parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, or registered model.tag')
+    parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, registered model.tag, or an exported .onnx file')
     parser.add_argument('images', nargs='+', type=path, help='files, or folders of them')
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print for each image (5)')
     parser.add_argument('--output', type=Path, metavar='FILE', help='also write them to a file, .csv or .json')
@@ -157,6 +158,25 @@ def parse_predict(argv: list[str], description: str | None = None) -> argparse.N
         raise SystemExit(f'--top must be at least 1, got {args.top}')
     if args.output and args.output.suffix not in ('.csv', '.json'):
         raise SystemExit(f'--output must end in .csv or .json, got {args.output}')
+    return args
+
+
+def parse_export(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, or registered model.tag')
+    parser.add_argument('--format', required=True, choices=EXPORT_SUFFIXES)
+    parser.add_argument(
+        '--batch', choices=('1', 'dynamic'), default='1', help='images at a time: one, which is faster, or any number '
+        '(1)')
+    parser.add_argument('--weights', choices=('fp32', 'fp16'), default='fp32', help='how they are stored (fp32)')
+    parser.add_argument('--output', type=path, metavar='FILE', help='model.<format> in the folder of the checkpoint')
+    parser.add_argument(
+        '--images', type=name, metavar='DATASET', help='to compare the file with PyTorch on: a folder, or a dataset id '
+        'on the Hub (those that the run validated on)')
+    args = parser.parse_args(argv)
+    suffix = EXPORT_SUFFIXES[args.format]
+    if args.output and args.output.suffix != suffix:
+        raise SystemExit(f'--output must end in {suffix} for --format {args.format}, got {args.output}')
     return args
 
 

@@ -3,6 +3,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -77,22 +78,29 @@ def time_inference(
     model.eval()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def median_seconds(size: int) -> float:
+    def seconds_of(size: int) -> float:
         images = torch.randn(size, *input_size, device=accelerator.device).contiguous(memory_format=memory_format)
-        seconds = []
-        for _ in range(3 + repeats):
-            synchronize(accelerator.device)
-            start = time.perf_counter()
+
+        def infer() -> None:
             with accelerator.autocast():
                 model(images)
-            synchronize(accelerator.device)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[3:])
+
+        return median_seconds(infer, accelerator.device, repeats)
 
     return dict(
-        infer_ms_per_image=1000 * median_seconds(1), infer_images_per_second=batch / median_seconds(batch),
-        infer_batch=batch,
-    )
+        infer_ms_per_image=1000 * seconds_of(1), infer_images_per_second=batch / seconds_of(batch), infer_batch=batch)
+
+
+def median_seconds(act: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """Of so many times that the device does it, after 3 that warm up."""
+    seconds = []
+    for _ in range(3 + repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        act()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[3:])
 
 
 def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:

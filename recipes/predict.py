@@ -2,7 +2,8 @@
 
 Prints the most probable classes of each image with their names. The checkpoint is a folder (of a training run, or any
 that timm's `local-dir:` loads), a Hub repository (`hf-hub:owner/name`) or a model with a tag that is registered in timm
-(`resnet18_fmd.<tag>`). An image is a file that Pillow reads, or a folder of such files.
+(`resnet18_fmd.<tag>`), or an ONNX file of recipes/export.py, which onnxruntime computes with nothing but the file. An
+image is a file that Pillow reads, or a folder of such files.
 
 --output also writes them: as CSV a row for each image and class, as JSON a list of images with their classes. An image
 that can't be read is left out with a warning, and the exit code is then 1.
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from _classes import printable, shown_names
+from _exported import FORMATS, Run
 from _images import BadImage, read_file, suffixes
 from _record import write_text
 from _start import find_source, load_network
@@ -34,15 +36,9 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
     paths = find_images(images)
     if output:
         check_writable(output)
-    model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint').eval()
-    if not model.num_classes:
-        raise SystemExit(f'checkpoint {checkpoint!r} has no classifier')
-    names = shown_names(model, f'checkpoint {checkpoint!r}')
-    data_config = resolve_model_data_config(model)
+    classify, data_config, names = open_checkpoint(checkpoint)
     transform = create_transform(**data_config, is_training=False)
     mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
-    model.to(device)
 
     predictions = []
     for path in paths:
@@ -52,8 +48,8 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
             print(f'warning: {printable(str(error))}', file=sys.stderr)
             continue
         with torch.inference_mode():
-            probabilities = model(transform(image).unsqueeze(0).to(device)).float().softmax(dim=1)[0]
-        best = [(names[i], p.item()) for p, i in zip(*probabilities.topk(min(top, model.num_classes)))]
+            probabilities = classify(transform(image).unsqueeze(0)).float().softmax(dim=1)[0]
+        best = [(names[i], p.item()) for p, i in zip(*probabilities.topk(min(top, len(names))))]
         predictions.append(dict(
             image=str(path), classes=[dict(label=name, probability=probability) for name, probability in best]))
         print(printable(str(path)))
@@ -64,6 +60,34 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
     unread = len(paths) - len(predictions)
     if unread:
         raise SystemExit(f'{unread} of {len(paths)} images could not be read')
+
+
+def open_checkpoint(checkpoint: str) -> tuple[Run, dict[str, Any], list[str]]:
+    """What gives logits of images (B, C, H, W), how images are prepared for it, and what its classes are called."""
+    if checkpoint.endswith('.onnx'):
+        return open_file(Path(checkpoint))
+    model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint').eval()
+    if not model.num_classes:
+        raise SystemExit(f'checkpoint {checkpoint!r} has no classifier')
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
+    model.to(device)
+    return (
+        lambda images: model(images.to(device)), resolve_model_data_config(model),
+        shown_names(model, f'checkpoint {checkpoint!r}'))
+
+
+def open_file(path: Path) -> tuple[Run, dict[str, Any], list[str]]:
+    """The same of an ONNX file."""
+    FORMATS['onnx'].check_installed()
+    try:
+        run, (data_config, label_names) = FORMATS['onnx'].open(path)
+    except KeyError as error:
+        raise SystemExit(
+            f'checkpoint {path} does not say how images are prepared: its metadata has no {error}, which '
+            f'recipes/export.py writes') from error
+    except Exception as error:  # onnxruntime has many
+        raise SystemExit(f'checkpoint {path} could not be loaded: {type(error).__name__}: {error}') from error
+    return run, data_config, label_names
 
 
 def find_images(arguments: list[Path]) -> list[Path]:

@@ -26,7 +26,7 @@ COMMANDS = dict(
     publish=['--run', 'runs/digits', '--repository', 'acme/digits'], transfer=['--seed-count', '1'],
     _timing=['digits', '--models', 'resnet18', '--learning-rate', '1'], _report=['--folder', 'runs'],
     bench=['--modell', 'resnet18'], first_gpu=['--outputs', 'report.md'],
-    prepare_data=['digits', 'folder', '--sizes', '8'],
+    prepare_data=['digits', 'folder', '--sizes', '8'], export=['runs/digits', '--format', 'onxx'],
 )
 
 

@@ -1,0 +1,121 @@
+"""Networks in files for other runtimes: writing them, and running them with nothing but the file.
+
+A file says beside the network how images are prepared for it and what its classes are called (`Metadata`). Images go in
+as float32 (B, C, H, W), normalised, and logits (B, classes) come out.
+"""
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _classes import shown_names
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.func import functional_call
+
+PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
+METADATA_FILE = 'metadata.json'  # within a file of torch.export
+Run = Callable[[Tensor], Tensor]
+
+
+class Metadata(NamedTuple):
+    """What a user of a file must know."""
+    data_config: dict[str, Any]  # arguments of timm's create_transform
+    label_names: list[str]
+
+    @classmethod
+    def of(cls, network: nn.Module, what: str) -> 'Metadata':
+        """`what` is the network's name in errors."""
+        config = resolve_model_data_config(network)
+        return cls({name: config[name] for name in PREPROCESSING}, shown_names(network, what))
+
+    @classmethod
+    def read(cls, texts: Mapping[str, str]) -> 'Metadata':
+        values = {name: json.loads(texts[name]) for name in (*PREPROCESSING, 'label_names')}
+        return cls(values, values.pop('label_names'))
+
+    def texts(self) -> dict[str, str]:
+        """As formats keep it: JSON under a name."""
+        return {name: json.dumps(value) for name, value in dict(
+            self.data_config, label_names=self.label_names).items()}
+
+
+class HalfStored(nn.Module):
+    """A network whose weights are kept in float16, and computed with in float32. Biases stay as they are."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = [network]  # not a submodule, whose float32 weights would be kept too
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        self.names = list(tensors)
+        self.tensors = nn.ParameterList(
+            nn.Parameter(t.half() if t.ndim > 1 and t.dtype == torch.float32 else t, requires_grad=False)
+            for t in tensors.values())
+
+    def forward(self, images: Tensor) -> Tensor:
+        tensors = {
+            name: t.float() if t.dtype == torch.float16 else t for name, t in zip(self.names, self.tensors)}
+        return functional_call(self.network[0], tensors, (images,))
+
+
+def export_program(network: nn.Module, input_size: tuple[int, int, int], batch: str) -> ExportedProgram:
+    """The network for one image at a time (`batch` '1') or any number ('dynamic').
+
+    A batch that is known to be 1 becomes convolutions whose kernel is mixed before, any other one products of matrices
+    (`fmd_timm.decompositions`).
+    """
+    is_dynamic = batch == 'dynamic'
+    images = torch.zeros(2 if is_dynamic else 1, *input_size)
+    return torch.export.export(network, (images,), dynamic_shapes=({0: Dim('batch')} if is_dynamic else None,))
+
+
+def save_onnx(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
+    onnx = torch.onnx.export(program, (), input_names=['pixel_values'], output_names=['logits'], verbose=False)
+    onnx.model.metadata_props.update(metadata.texts())
+    onnx.save(path, external_data=False)
+
+
+def open_onnx(path: Path) -> tuple[Run, Metadata]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    first = session.get_inputs()[0].name
+    return (
+        lambda images: torch.from_numpy(session.run(None, {first: images.numpy()})[0]),
+        Metadata.read(session.get_modelmeta().custom_metadata_map))
+
+
+def save_torch_export(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
+    torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata.texts())})
+
+
+def open_torch_export(path: Path) -> tuple[Run, Metadata]:
+    extra = {METADATA_FILE: ''}
+    network = torch.export.load(path, extra_files=extra).module()
+    return network, Metadata.read(json.loads(extra[METADATA_FILE]))
+
+
+class Format(NamedTuple):
+    packages: tuple[str, ...]  # that write and run it
+    save: Callable[[ExportedProgram, Metadata, Path], None]
+    open: Callable[[Path], tuple[Run, Metadata]]
+
+    def check_installed(self) -> None:
+        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        if missing:
+            raise SystemExit(f"this format needs {', '.join(missing)}: pip install -e '.[export]'")
+
+    def versions(self) -> dict[str, str]:
+        return {package: version(package) for package in self.packages}
+
+
+FORMATS = {
+    'onnx': Format(('onnx', 'onnxscript', 'onnxruntime'), save_onnx, open_onnx),
+    'torch-export': Format((), save_torch_export, open_torch_export),
+}

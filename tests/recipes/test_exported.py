@@ -1,0 +1,130 @@
+"""recipes/export.py: a checkpoint becomes a file that another runtime computes the same with."""
+import dataclasses
+import hashlib
+import json
+
+import export
+import onnx
+import predict
+import pytest
+import timm
+import tiny
+import torch
+from _arguments import EXPORT_SUFFIXES
+from _dataset import load_digits
+from _exported import FORMATS
+from PIL import Image
+from test_inference import randomize
+
+from fmd_timm.hub import save_for_hub
+
+NAMES = [f'digit {i}' for i in range(10)]
+pytestmark = [pytest.mark.usefixtures('fresh_accelerator'), pytest.mark.filterwarnings('ignore')]  # of exporters
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory, digits_folder):
+    """A run, of a network whose branches all count: those of a new one end in BatchNorms of zeros."""
+    folder = tmp_path_factory.mktemp('run')
+    torch.manual_seed(0)
+    network = randomize(timm.create_model(tiny.NAME, num_classes=10))
+    save_for_hub(network, folder, dict(label_names=NAMES), data_config=dict(input_size=(3, 8, 8), crop_pct=0.9))
+    recipe = tiny.make_recipe(digits_folder, image_size=8)
+    (folder / 'result.json').write_text(json.dumps(dict(recipe=dataclasses.asdict(recipe))))
+    return folder
+
+
+def run(*arguments):
+    return export.main(**vars(export.parse_export([str(argument) for argument in arguments])))
+
+
+@pytest.mark.parametrize('format, batch, weights', [
+    ('onnx', '1', 'fp32'), ('torch-export', 'dynamic', 'fp16'),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('onnx', 'dynamic', 'fp16'), ('torch-export', '1', 'fp32'))),
+])
+def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weights):
+    path = tmp_path / f'model{EXPORT_SUFFIXES[format]}'
+    record = run(checkpoint, '--format', format, '--batch', batch, '--weights', weights, '--output', path)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f'{path.name}.json'}
+    assert json.loads((tmp_path / f'{path.name}.json').read_text()) == json.loads(json.dumps(record))
+    assert record['files'] == {path.name: path.stat().st_size}
+    assert record['sha256'] == hashlib.sha256(path.read_bytes()).hexdigest()
+    weights_sha256 = hashlib.sha256((checkpoint / 'model.safetensors').read_bytes()).hexdigest()
+    assert record['checkpoint']['revision'] == f'sha256 {weights_sha256}'
+    assert record['images'] == 50 and record['infer_ms_per_image'] > 0
+    if weights == 'fp32':
+        assert record['largest_relative_difference'] < 2e-6 and record['top1_agreement'] == 50
+    else:
+        assert 1e-6 < record['largest_relative_difference'] < 5e-3 and record['top1_agreement'] > 45
+    assert {'torch', *FORMATS[format].packages} <= record['versions'].keys()
+
+    network = timm.create_model(f'local-dir:{checkpoint}', pretrained=True).eval()
+    logits, metadata = FORMATS[format].open(path)
+    config = timm.data.resolve_model_data_config(network)
+    assert metadata.label_names == NAMES and metadata.data_config == json.loads(json.dumps(config))
+    for size in (1,) if batch == '1' else (1, 2, 5):
+        x = torch.randn(size, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(logits(x), network(x), rtol=0, atol=1e-5 if weights == 'fp32' else 5e-2)
+    if format == 'onnx':
+        picture = tmp_path / 'digit.png'
+        load_digits()['test'][0]['image'].save(picture)
+        lines = [predict_lines(source, picture, capsys) for source in (checkpoint, path)]
+        assert lines[0] == lines[1] and len(lines[0]) == 4
+
+
+def predict_lines(source, picture, capsys):
+    capsys.readouterr()
+    predict.main(**vars(predict.parse_predict([str(source), str(picture), '--top', '3'])))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_files_of_others_and_none_are_refused(tmp_path, capsys):
+    path, image = tmp_path / 'model.onnx', tmp_path / 'image.png'
+    Image.new('RGB', (8, 8)).save(image)
+    with pytest.raises(SystemExit, match='checkpoint .*model.onnx could not be loaded: NoSuchFile'):
+        predict_lines(path, image, capsys)
+    x = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 8, 8]) for name in 'xy']
+    graph = onnx.helper.make_graph([onnx.helper.make_node('Identity', ['x'], ['y'])], 'graph', x[:1], x[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 20)], ir_version=10), path)
+    with pytest.raises(SystemExit, match="does not say how images are prepared: its metadata has no 'input_size'"):
+        predict_lines(path, image, capsys)
+
+
+@pytest.mark.slow
+def test_weights_of_half_the_bytes_make_half_the_file(tmp_path, digits_folder):
+    network = timm.create_model(tiny.NAME, num_classes=10, channels=(32, 64, 64, 128))
+    save_for_hub(randomize(network), tmp_path, data_config=dict(input_size=(3, 8, 8)))
+    sizes = {
+        (format, weights): sum(run(
+            tmp_path, '--format', format, '--weights', weights, '--images', digits_folder)['files'].values())
+        for format in FORMATS for weights in ('fp32', 'fp16')}
+    for format in FORMATS:
+        assert sizes[format, 'fp16'] < 0.65 * sizes[format, 'fp32']
+
+
+def test_a_file_that_computes_something_else_is_not_kept(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, 'prepare_for_inference', lambda _: randomize(timm.create_model(tiny.NAME)).eval())
+    with pytest.raises(SystemExit, match='the file computes something else: .* expected 0.0001 at most'):
+        run(checkpoint, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments_are_named(checkpoint, tmp_path, monkeypatch):
+    for arguments, message in [
+        ((checkpoint, '--format', 'onnx', '--output', 'model.pt'), '--output must end in .onnx for --format onnx, got'),
+        ((checkpoint, '--format', 'onnx', '--images', tmp_path), "dataset '.*' could not be loaded"),
+        ((tmp_path, '--format', 'onnx'), 'has no config.json and no model.safetensors'),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            run(*arguments)
+    save_for_hub(timm.create_model(tiny.NAME, num_classes=0), tmp_path)
+    with pytest.raises(SystemExit, match='has no classifier'):
+        run(tmp_path, '--format', 'onnx')
+    save_for_hub(timm.create_model(tiny.NAME), tmp_path)
+    with pytest.raises(SystemExit, match='--images must be .* has no result.json of a training run'):
+        run(tmp_path, '--format', 'onnx')
+    monkeypatch.setitem(FORMATS, 'onnx', FORMATS['onnx']._replace(packages=('onnx', 'no_such_runtime')))
+    with pytest.raises(SystemExit, match=r"needs no_such_runtime: pip install -e '.\[export\]'"):
+        run(tmp_path, '--format', 'onnx')
