@@ -44,6 +44,7 @@ from tqdm import tqdm
 from fmd_timm import prepare_for_inference
 
 MOST_IMAGES = 256  # to compare on
+BATCH = 16  # of them, where a network takes as many
 LARGEST_DIFFERENCE = dict(fp32=1e-4, fp16=1e-2)  # relative to the largest logit
 
 
@@ -79,7 +80,7 @@ def main(
         unchecked = Path(folder, output.name)
         runtime.save(program, metadata, unchecked)
         run, _ = runtime.open(unchecked)
-        compared = compare(network, run, pixels, 1 if batch == '1' else 16, LARGEST_DIFFERENCE[weights])
+        compared = compare(network, run, pixels, 1 if batch == '1' else BATCH, LARGEST_DIFFERENCE[weights])
         seconds = median_seconds(partial(run, pixels[:1]), accelerator.device)
         del run  # Windows removes no file that is open
         files = {file.name: file.stat().st_size for file in sorted(Path(folder).iterdir())}
@@ -157,8 +158,8 @@ def compare(network: nn.Module, run: Run, images: Tensor, batch: int, largest: f
         SystemExit: By more than `largest` of the largest logit they don't.
     """
     expected, found = (
-        torch.cat([logits(some) for some in tqdm(images.split(batch), what, leave=False, mininterval=1)])
-        for logits, what in ((network, 'PyTorch'), (run, 'the file')))
+        torch.cat([logits(some) for some in tqdm(images.split(size), what, leave=False, mininterval=1)])
+        for logits, size, what in ((network, BATCH, 'PyTorch'), (run, batch, 'the file')))
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     if not difference <= largest:  # NaN is not
         raise SystemExit(f'the file computes something else: its logits differ by {difference:.2g} of the largest one, '
