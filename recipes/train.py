@@ -72,7 +72,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     check_pass(recipe, network, images_per_pass(accelerator, recipe))
     model_bytes = 4 * sum(p.numel() for p in network.parameters())
     settings = run_settings(
-        preset, dataclasses.replace(asked, num_workers=recipe.num_workers), origin, teacher_origin)
+        preset, dataclasses.replace(asked, num_workers=recipe.num_workers), accelerator.num_processes, origin,
+        teacher_origin)
     lock, checkpoint, progress = open_output(accelerator, output, resume, model_bytes, settings)  # until main ends
     progress = progress or dict(
         settings=settings, images=None, epochs_done=0, step=0, seconds=0.0, waited=0.0, train_loss=None, legs=[],
@@ -145,11 +146,18 @@ def start_tracker(accelerator: Accelerator, asked: Recipe) -> None:
         raise SystemExit(f'--tracker {asked.tracker} could not be started: {type(error).__name__}: {error}') from error
 
 
-def run_settings(preset: str, asked: Recipe, origin: dict | None, teacher_origin: dict | None) -> dict[str, Any]:
+def run_settings(
+        preset: str,
+        asked: Recipe,
+        processes: int,
+        origin: dict | None,
+        teacher_origin: dict | None,
+) -> dict[str, Any]:
     """What must be the same to go on with a run. Images and weights are compared by what they are, not where."""
-    settings = dict(preset=preset, **dataclasses.asdict(asked))
-    for name in *EXECUTION, 'dataset', 'init', 'kd_model_name':
-        if not (asked.streaming and name == 'num_workers'):  # the order of streamed images depends on it
+    settings = dict(preset=preset, **dataclasses.asdict(asked), processes=processes)
+    on_order = ('num_workers', 'processes')  # the order of streamed images depends on them
+    for name in {*EXECUTION, *on_order, 'dataset', 'init', 'kd_model_name'}:
+        if not (asked.streaming and name in on_order):
             del settings[name]
     return dict(
         settings, init=origin and f'{origin["revision"]}{", inflated" * origin["inflated"]}',

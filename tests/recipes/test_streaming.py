@@ -135,8 +135,8 @@ def test_two_processes_train_and_evaluate_without_a_copy_on_the_disk(numbers, tm
 
 def test_the_order_depends_on_the_loading_processes_which_must_stay_the_same():
     for streaming in True, False:
-        settings = train.run_settings('digits', make_recipe('acme/numbers', streaming=streaming), None, None)
-        assert ('num_workers' in settings) == streaming
+        settings = train.run_settings('digits', make_recipe('acme/numbers', streaming=streaming), 2, None, None)
+        assert ({'num_workers', 'processes'} <= settings.keys()) == streaming
 
 
 def test_what_is_evaluated_can_be_streamed_too(digits_folder, tmp_path, monkeypatch, capsys, fresh_accelerator):
