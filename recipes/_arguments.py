@@ -12,7 +12,7 @@ from _presets import PRESETS
 from _recipe import VALIDATION_SPLITS, Recipe, check_effects, check_recipe
 
 METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
-EXPORT_SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}  # of the formats of _exported.py
+EXPORT_SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'torch-export': '.pt2'}  # of the formats of _exported.py
 
 
 def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
+from fmd_timm import decompositions
+
 PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
 METADATA_FILE = 'metadata.json'  # within a file of torch.export
 Run = Callable[[Tensor], Tensor]
@@ -91,6 +93,31 @@ def open_onnx(path: Path) -> tuple[Run, Metadata]:
         Metadata.read(session.get_modelmeta().custom_metadata_map))
 
 
+def save_openvino(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
+    """As .xml, with the weights in a .bin of the same name beside it."""
+    import openvino
+
+    program = program.run_decompositions(decompositions())
+    images = program.graph.find_nodes(op='placeholder')[-1].meta['val']
+    model = openvino.convert_model(program)
+    # with sizes that it does not know it refuses convolutions whose kernel is computed
+    model.reshape([size if isinstance(size, int) else -1 for size in images.shape])
+    for name, text in metadata.texts().items():
+        model.set_rt_info(text, ['model_info', name])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def open_openvino(path: Path) -> tuple[Run, Metadata]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    compiled = core.compile_model(
+        model, 'CPU', dict(INFERENCE_NUM_THREADS=torch.get_num_threads(), INFERENCE_PRECISION_HINT='f32'))
+    texts = {name: model.get_rt_info(['model_info', name]).astype(str) for name in (*PREPROCESSING, 'label_names')}
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0]), Metadata.read(texts)
+
+
 def save_torch_export(program: ExportedProgram, metadata: Metadata, path: Path) -> None:
     torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata.texts())})
 
@@ -117,5 +144,6 @@ class Format(NamedTuple):
 
 FORMATS = {
     'onnx': Format(('onnx', 'onnxscript', 'onnxruntime'), save_onnx, open_onnx),
+    'openvino': Format(('openvino',), save_openvino, open_openvino),
     'torch-export': Format((), save_torch_export, open_torch_export),
 }

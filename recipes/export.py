@@ -1,4 +1,4 @@
-"""Write a network to a file for another runtime:  python recipes/export.py <checkpoint> --format onnx|torch-export
+"""Write a network to a file for another runtime:  python recipes/export.py <checkpoint> --format FORMAT
 
 The checkpoint is a folder (of a training run, or any that timm's `local-dir:` loads), a Hub repository
 (`hf-hub:owner/name`) or a model with a tag that is registered in timm (`resnet18_fmd.<tag>`). It is prepared for
@@ -83,12 +83,13 @@ def main(
         compared = compare(network, run, pixels, 1 if batch == '1' else BATCH, LARGEST_DIFFERENCE[weights])
         seconds = median_seconds(partial(run, pixels[:1]), accelerator.device)
         del run  # Windows removes no file that is open
-        files = {file.name: file.stat().st_size for file in sorted(Path(folder).iterdir())}
+        files = {
+            file.name: dict(bytes=file.stat().st_size, sha256=sha256(file)) for file in sorted(Path(folder).iterdir())}
         for name in files:
             Path(folder, name).replace(output.with_name(name))
     made_by = circumstances('export.py')
     record = dict(
-        format=format, batch=batch, weights=weights, files=files, sha256=sha256(output),
+        format=format, batch=batch, weights=weights, files=files,
         checkpoint=origin_of(source, network), compared_on=of_images, **compared, infer_ms_per_image=1000 * seconds,
         **hardware(accelerator), **dict(made_by, versions={**made_by['versions'], **runtime.versions()}))
     write_json(output.with_name(f'{output.name}.json'), record)
@@ -170,7 +171,7 @@ def compare(network: nn.Module, run: Run, images: Tensor, batch: int, largest: f
 
 def report(output: Path, record: dict[str, Any]) -> None:
     print(f'wrote {output} and its record {output.name}.json')
-    print(f'MB: {sum(record["files"].values()) / 1e6:.1f}')
+    print(f'MB: {sum(file["bytes"] for file in record["files"].values()) / 1e6:.1f}')
     print(f'largest difference to PyTorch, relative: {record["largest_relative_difference"]:.2g}')
     print(f'images with the same best class: {record["top1_agreement"]} of {record["images"]}')
     print(f'ms per image at batch 1: {record["infer_ms_per_image"]:.4g}')
