@@ -184,6 +184,7 @@ def test_compiled_layer_follows_the_temperature():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow  # it compiles C++
 @pytest.mark.skipif(not shutil.which('g++'), reason='the default backend of torch.compile needs a C++ compiler')
 def test_layer_compiles_with_the_default_backend_once_for_several_images(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))

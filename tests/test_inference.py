@@ -65,7 +65,10 @@ def prefer(algorithm, monkeypatch):
     monkeypatch.setattr(prepared_layer, 'fastest', fastest)
 
 
-@pytest.fixture(params=['fastest', 'c_conv', 'im2col', 'per_image without C'])
+WAYS = 'fastest', 'c_conv', 'im2col', 'per_image without C'
+
+
+@pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Convolutions as they are fastest, or all that can be by one algorithm."""
     if request.param == 'c_conv':
@@ -284,6 +287,8 @@ def test_autocast_and_empty_batch():
     assert prepared(make_images()[:0]).shape == (0, 5)
 
 
+@pytest.mark.parametrize(
+    'way', [pytest.param(way, marks=pytest.mark.slow) if way == 'fastest' else way for way in WAYS], indirect=True)
 def test_compiled_and_exported(way):
     model = make_model()
     prepared = prepare_for_inference(model)

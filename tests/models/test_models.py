@@ -72,7 +72,7 @@ def test_models_are_listed():
     }
 
 
-@pytest.mark.parametrize('conv_bias', [False, True])
+@pytest.mark.parametrize('conv_bias', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', [model for model in ALL_MODELS if not re.fullmatch('resnet.._cifar', model)])
 def test_every_convolution_of_the_blocks_is_of_the_method_and_no_other(name, conv_bias):
     kind = {}

@@ -251,8 +251,11 @@ def test_a_shape_that_does_not_fit_is_named(change, message):
         dynamic_conv2d(**dict(tensors, **change), **conv_args)
 
 
-@pytest.mark.parametrize('tap_attn', [False, True], ids=['', 'taps'])
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('memory_format, tap_attn', [
+    (torch.channels_last, True), pytest.param(torch.contiguous_format, True, marks=pytest.mark.slow),
+    *(pytest.param(memory_format, False, marks=pytest.mark.slow)
+      for memory_format in (torch.contiguous_format, torch.channels_last)),
+], ids=['nhwc-taps', 'nchw-taps', 'nchw', 'nhwc'])
 def test_operator_is_registered_as_pytorch_asks(memory_format, tap_attn, implementation):
     tensors, conv_args = make_inputs(*SHAPES['3x3'], dtype=torch.float32, tap_attn=tap_attn)
     x, weight, *rest = (tensors.get(name) for name in ARGUMENTS if name != 'bias')

@@ -46,7 +46,7 @@ CASES = {  # B, K, I, O, kernel, stride, padding, dilation, (H, W)
     'stride_beyond_image': (2, 2, 8, 8, 3, 2, 1, 1, (1, 1)),
     'one_image': (1, 4, 8, 16, 3, 2, 1, 1, (6, 5)),
 }
-FEW = '1x2', '3x3_stride'
+BY_DEFAULT = '1x1', '1x1_stride', '1x2', '3x3_stride', 'one_image'  # all take a minute
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 # float32 is multiplied in full; bfloat16 has 8 bits of mantissa
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -102,7 +102,7 @@ def check(*inputs, channels=64):
 
 @runs_kernels
 @pytest.mark.parametrize('taps', [True, pytest.param(False, marks=slow)], ids=['taps', 'no_taps'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [case if case in BY_DEFAULT else pytest.param(case, marks=slow) for case in CASES])
 def test_result_and_gradients(case, taps, small_tiles):
     check(*make_inputs(*CASES[case], without=() if taps else ('tap_attn',)))
 
@@ -110,7 +110,7 @@ def test_result_and_gradients(case, taps, small_tiles):
 @runs_kernels
 @pytest.mark.parametrize('weight_dtype', [torch.float32, None], ids=['float32_kernels', 'half_kernels'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=slow)], ids=str)
-@pytest.mark.parametrize('case', FEW)
+@pytest.mark.parametrize('case', ['1x2', pytest.param('3x3_stride', marks=slow)])
 def test_half_precision(case, dtype, weight_dtype, small_tiles):
     check(*make_inputs(*CASES[case], dtype=dtype, weight_dtype=weight_dtype))
 
@@ -118,7 +118,7 @@ def test_half_precision(case, dtype, weight_dtype, small_tiles):
 @runs_kernels
 @pytest.mark.parametrize('without', [Attention._fields, ('in_attn', 'tap_attn'), ('out_attn',)], ids='-'.join)
 def test_each_factor_may_be_missing(without, small_tiles):
-    check(*make_inputs(*CASES['3x3_stride'], without=without))
+    check(*make_inputs(*CASES['1x2'], without=without))
 
 
 @runs_kernels
@@ -164,12 +164,10 @@ def test_results_repeat_bit_for_bit(small_tiles):
 
 
 @runs_kernels
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('channels', [64, 128])
+@pytest.mark.parametrize('channels, dtype', [
+    (128, torch.bfloat16), *(pytest.param(64, dtype, marks=slow) for dtype in (torch.float32, torch.bfloat16)),
+], ids=str)
 def test_the_real_tiles(channels, dtype):
-    from fmd_timm.ops import triton_conv
-    if (channels, dtype.itemsize) not in triton_conv.TILES:
-        pytest.skip('no such tile')
     check(*make_inputs(3, 3, 40, 136, (1, 3), (1, 2), (0, 1), 1, (12, 13), dtype=dtype), channels=channels)
 
 
