@@ -113,6 +113,8 @@ def find_hold_out(checkpoint: str, share: float, split: str | None, seed: int | 
                 f'--validation-share needs --seed, that of the training run: {checkpoint} has no result.json to say it')
         return split or 'train', seed
     recipe = read_json(record)['recipe']
+    if recipe.get('validation_share') is None:
+        raise SystemExit(f'--validation-share must be left out: the run of {checkpoint} held out no images')
     for name, option, value in (
             ('validation_share', '--validation-share', share), ('train_split', '--split', split),
             ('seed', '--seed', seed)):

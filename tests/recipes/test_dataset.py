@@ -1,4 +1,5 @@
 """Datasets as people have them: folders, text labels, configurations, slices, held-out images, classes by name."""
+import json
 import os
 import shutil
 
@@ -328,6 +329,10 @@ def test_a_network_is_scored_on_what_its_run_held_out(
             (['--validation-share', '0.4', '--split', 'train'], r'--split must be train\[:60\], .* got train')):
         with pytest.raises(SystemExit, match=message):
             evaluate_run(*options)
+    record['recipe']['validation_share'] = None
+    (tmp_path / 'run' / 'result.json').write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match='--validation-share must be left out: the run of .*run held out no images'):
+        evaluate_run('--validation-share', '0.4')
     (tmp_path / 'run' / 'result.json').unlink()
     with pytest.raises(SystemExit, match='--validation-share needs --seed, that of the training run: .*run has no'):
         evaluate_run('--validation-share', '0.4')
