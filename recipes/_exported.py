@@ -31,7 +31,17 @@ class Metadata(NamedTuple):
 
     @classmethod
     def of(cls, network: nn.Module, what: str) -> 'Metadata':
-        """`what` is the network's name in errors."""
+        """What a user of this network must know.
+
+        Args:
+            network: A classifier of timm.
+            what: Its name in errors.
+
+        Raises:
+            SystemExit: It has no classifier, or names for its classes that are none.
+        """
+        if not network.num_classes:
+            raise SystemExit(f'{what} has no classifier')
         config = resolve_model_data_config(network)
         return cls({name: config[name] for name in PREPROCESSING}, shown_names(network, what))
 

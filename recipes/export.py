@@ -64,8 +64,6 @@ def main(
     use_all_cores(accelerator)
     source = find_source(checkpoint, 'checkpoint')
     network = load_network(source, 'checkpoint').eval()
-    if not network.num_classes:
-        raise SystemExit(f'{what} has no classifier')
     metadata = Metadata.of(network, what)
     input_size = metadata.data_config['input_size']
     if input_size[0] != 3:

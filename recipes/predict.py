@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _classes import printable, shown_names
-from _exported import FORMATS, Run
+from _classes import printable
+from _exported import FORMATS, Metadata, Run
 from _images import BadImage, read_file, suffixes
 from _record import write_text
 from _start import find_source, load_network
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 
 import fmd_timm  # noqa: F401, registers the models
 
@@ -36,7 +36,7 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
     paths = find_images(images)
     if output:
         check_writable(output)
-    classify, data_config, names = open_checkpoint(checkpoint)
+    classify, (data_config, names) = open_checkpoint(checkpoint)
     transform = create_transform(**data_config, is_training=False)
     mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
 
@@ -62,32 +62,28 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
         raise SystemExit(f'{unread} of {len(paths)} images could not be read')
 
 
-def open_checkpoint(checkpoint: str) -> tuple[Run, dict[str, Any], list[str]]:
-    """What gives logits of images (B, C, H, W), how images are prepared for it, and what its classes are called."""
+def open_checkpoint(checkpoint: str) -> tuple[Run, Metadata]:
+    """What gives logits of images (B, C, H, W), and what must be known to use it."""
     if checkpoint.endswith('.onnx'):
         return open_file(Path(checkpoint))
     model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint').eval()
-    if not model.num_classes:
-        raise SystemExit(f'checkpoint {checkpoint!r} has no classifier')
+    metadata = Metadata.of(model, f'checkpoint {checkpoint!r}')
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     model.to(device)
-    return (
-        lambda images: model(images.to(device)), resolve_model_data_config(model),
-        shown_names(model, f'checkpoint {checkpoint!r}'))
+    return lambda images: model(images.to(device)), metadata
 
 
-def open_file(path: Path) -> tuple[Run, dict[str, Any], list[str]]:
+def open_file(path: Path) -> tuple[Run, Metadata]:
     """The same of an ONNX file."""
     FORMATS['onnx'].check_installed()
     try:
-        run, (data_config, label_names) = FORMATS['onnx'].open(path)
+        return FORMATS['onnx'].open(path)
     except KeyError as error:
         raise SystemExit(
             f'checkpoint {path} does not say how images are prepared: its metadata has no {error}, which '
             f'recipes/export.py writes') from error
     except Exception as error:  # onnxruntime has many
         raise SystemExit(f'checkpoint {path} could not be loaded: {type(error).__name__}: {error}') from error
-    return run, data_config, label_names
 
 
 def find_images(arguments: list[Path]) -> list[Path]:
