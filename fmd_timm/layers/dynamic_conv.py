@@ -156,7 +156,10 @@ class DynamicConv2d(nn.Module):
         )
 
     def fuse(self) -> PreparedConv2d:
-        """What timm's `reparameterize_model` puts in its place, which reaches no BatchNorm behind it."""
+        """The layer prepared for inference, which timm's `reparameterize_model` puts in its place.
+
+        The BatchNorm behind it stays as it is. `prepare_for_inference` folds it too.
+        """
         return PreparedConv2d(self)
 
     def extra_repr(self) -> str:

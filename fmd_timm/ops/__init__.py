@@ -65,9 +65,10 @@ def dynamic_conv2d(
             x = x.to(torch.get_autocast_dtype(x.device.type))
         tensors = x, weight, kernel_attn, in_attn, out_attn, tap_attn
         operator.refuse_forward_mode(*tensors)
-        run = operator.forward if operator.is_plain(*tensors) else torch.ops.fmd_timm.dynamic_conv2d
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # by TorchScript, which reads no table
             run = decompose
+        else:
+            run = operator.forward if operator.is_plain(*tensors) else torch.ops.fmd_timm.dynamic_conv2d
         y = run(*tensors, s, p, d, groups)
     if bias is None:
         return y

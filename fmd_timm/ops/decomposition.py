@@ -21,11 +21,12 @@ def decompose(
         x: Tensor, weight: Tensor, kernel_attn: Tensor | None, in_attn: Tensor | None, out_attn: Tensor | None,
         tap_attn: Tensor | None, stride, padding, dilation, groups: int,
 ) -> Tensor:
-    """The operator, for any batch and image size; its arguments.
+    """What the operator computes, for any batch and image size. The arguments are the operator's.
 
-    A batch that is known to be 1 is a convolution whose kernel is mixed before. Any other is a product of matrices for
-    each image, of its kernel and what the taps see: a convolution has one kernel for all images, and as many groups as
-    there are images can't be written down for any batch. So is a kernel of one tap, which sees the image itself.
+    Where the batch is known to be 1, one kernel is mixed, and one convolution takes it. For any other batch, the kernel
+    of each image is multiplied by what its taps see. A convolution can't do that: it has one kernel for all images, and
+    a graph can't have as many groups as there will be images. A kernel of one tap is multiplied too: it sees the image
+    as it is.
     """
     images, taps = gated(x, in_attn), weight.shape[2] * weight.shape[3]
     if kernel_attn is None and tap_attn is None:
