@@ -173,8 +173,7 @@ def test_what_runs_without_accelerate_takes_the_accelerator_that_there_is(tmp_pa
     monkeypatch.setattr(predict, 'find_images', lambda images: [])
     monkeypatch.setattr(predict, 'find_source', lambda *_: None)
     monkeypatch.setattr(predict, 'load_network', lambda *_: Network())
-    monkeypatch.setattr(predict, 'shown_names', lambda *_: [])
-    monkeypatch.setattr(predict, 'resolve_model_data_config', lambda _: dict(input_size=(3, 8, 8)))
+    monkeypatch.setattr(predict.Metadata, 'of', lambda *_: None)
     monkeypatch.setattr(bench, 'bench_networks', lambda models, device, rounds: Network().to(device))
     for command, arguments in (predict, ['run', 'images']), (bench, ['--models', 'resnet18']):
         parse = getattr(_arguments, f'parse_{command.__name__}')
