@@ -48,6 +48,12 @@ def check_ratios(**ratios: float) -> None:
             raise ValueError(f'{name} must not be negative, got {value}')
 
 
+def draw_(weight: Tensor) -> None:
+    """Kaiming normal by the fan-out. On the meta device, where nothing is drawn, PyTorch would take a millisecond."""
+    if not weight.is_meta:
+        nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
+
+
 class PooledBatchNorm(nn.BatchNorm2d):
     """`nn.BatchNorm2d` for pooled features (B, C, 1, 1) that a single image can train, too.
 

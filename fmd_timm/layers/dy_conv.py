@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .attention import Attention, DynamicAttention, check_ratios
+from .attention import Attention, DynamicAttention, check_ratios, draw_
 from .dynamic_conv import DynamicConv2d
 from .folded import FoldedAttention, linear_map
 
@@ -58,7 +58,7 @@ class DyConvAttention(DynamicAttention):
         """Kaiming normal with each map's fan-out, zero bias, temperature 1, as FMDConv's kernel attention."""
         if self.num_kernels > 1:
             for layer in self.squeeze, self.kernel:
-                nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+                draw_(layer.weight)
             nn.init.zeros_(self.kernel.bias)
         nn.init.ones_(self.kernel_temperature)
 

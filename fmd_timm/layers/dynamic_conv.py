@@ -6,7 +6,7 @@ from timm.layers import Conv2dSame, pad_same, to_2tuple
 from torch import Tensor
 
 from ..ops import dynamic_conv2d
-from .attention import DynamicAttention
+from .attention import DynamicAttention, draw_
 from .prepared import PreparedConv2d
 
 __all__ = ['DynamicConv2d']
@@ -142,7 +142,7 @@ class DynamicConv2d(nn.Module):
 
     def _reset_kernels(self) -> None:
         for kernel in self.weight.chunk(self.num_kernels):  # together they would be taken for K times the fan-out
-            nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
+            draw_(kernel)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .attention import Attention, DynamicAttention, PooledBatchNorm, check_ratios
+from .attention import Attention, DynamicAttention, PooledBatchNorm, check_ratios, draw_
 from .dynamic_conv import DynamicConv2d
 from .folded import FoldedAttention, linear_map
 
@@ -81,7 +81,7 @@ class FMDAttention(DynamicAttention):
             biases.append(self.kernel.bias)
         for part in parts:
             if part.numel() > 0:
-                nn.init.kaiming_normal_(part, mode='fan_out', nonlinearity='relu')
+                draw_(part)
         for bias in biases:
             nn.init.zeros_(bias)
         self.bn.reset_parameters()

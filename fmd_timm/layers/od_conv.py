@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .attention import Attention, DynamicAttention, PooledBatchNorm, check_ratios
+from .attention import Attention, DynamicAttention, PooledBatchNorm, check_ratios, draw_
 from .dynamic_conv import DynamicConv2d
 from .folded import FoldedAttention, linear_map
 
@@ -65,7 +65,7 @@ class ODConvAttention(DynamicAttention):
         """Initialise as the authors do: Kaiming normal with each part's own fan-out, zero biases, temperature 1."""
         for part in self.squeeze.weight, *self.heads.weight.split(self.sizes):
             if part.numel() > 0:
-                nn.init.kaiming_normal_(part, mode='fan_out', nonlinearity='relu')
+                draw_(part)
         nn.init.zeros_(self.heads.bias)
         self.bn.reset_parameters()
         nn.init.ones_(self.kernel_temperature)
