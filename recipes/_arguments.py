@@ -168,7 +168,9 @@ def parse_export(argv: list[str], description: str | None = None) -> argparse.Na
     parser.add_argument(
         '--batch', choices=('1', 'dynamic'), default='1', help='images at a time: one, which is faster, or any number '
         '(1)')
-    parser.add_argument('--weights', choices=('fp32', 'fp16'), default='fp32', help='how they are stored (fp32)')
+    parser.add_argument(
+        '--weights', choices=('fp32', 'fp16', 'int8'), default='fp32', help='how they are stored; int8: the kernels of '
+        'dynamic convolutions, and all else in fp32 (fp32)')
     parser.add_argument('--output', type=path, metavar='FILE', help='model.<format> in the folder of the checkpoint')
     parser.add_argument(
         '--images', type=name, metavar='DATASET', help='to compare the file with PyTorch on: a folder, or a dataset id '

@@ -15,7 +15,6 @@ from _classes import shown_names
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.func import functional_call
 
 from fmd_timm import decompositions
 
@@ -54,24 +53,6 @@ class Metadata(NamedTuple):
         """As formats keep it: JSON under a name."""
         return {name: json.dumps(value) for name, value in dict(
             self.data_config, label_names=self.label_names).items()}
-
-
-class HalfStored(nn.Module):
-    """A network whose weights are kept in float16, and computed with in float32. Biases stay as they are."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = [network]  # not a submodule, whose float32 weights would be kept too
-        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        self.names = list(tensors)
-        self.tensors = nn.ParameterList(
-            nn.Parameter(t.half() if t.ndim > 1 and t.dtype == torch.float32 else t, requires_grad=False)
-            for t in tensors.values())
-
-    def forward(self, images: Tensor) -> Tensor:
-        tensors = {
-            name: t.float() if t.dtype == torch.float16 else t for name, t in zip(self.names, self.tensors)}
-        return functional_call(self.network[0], tensors, (images,))
 
 
 def export_program(network: nn.Module, input_size: tuple[int, int, int], batch: str) -> ExportedProgram:

@@ -30,12 +30,13 @@ from _accelerator import use_all_cores
 from _arguments import EXPORT_SUFFIXES
 from _data import decode_pixels, open_images, read_bytes, refuse_bad_images
 from _dataset import choose_parts, dataset_name, find_image_column, open_dataset, take_parts
-from _exported import FORMATS, HalfStored, Metadata, Run, export_program
+from _exported import FORMATS, Metadata, Run, export_program
 from _loaders import Normalize, eval_transform
 from _measure import median_seconds
 from _recipe import VALIDATION_SPLITS, Recipe
 from _record import circumstances, hardware, read_json, sha256, write_json
 from _start import Source, find_source, load_network, origin_of
+from _stored import STORED
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from fmd_timm import prepare_for_inference
 
 MOST_IMAGES = 256  # to compare on
 BATCH = 16  # of them, where a network takes as many
-LARGEST_DIFFERENCE = dict(fp32=1e-4, fp16=1e-2)  # relative to the largest logit
+LARGEST_DIFFERENCE = dict(fp32=1e-4, fp16=1e-2, int8=0.1)  # relative to the largest logit
 
 
 @refuse_bad_images()
@@ -72,8 +73,7 @@ def main(
     output = output or default_output(source, EXPORT_SUFFIXES[format])
     output.parent.mkdir(parents=True, exist_ok=True)
 
-    prepared = prepare_for_inference(network)
-    program = export_program(HalfStored(prepared) if weights == 'fp16' else prepared, input_size, batch)
+    program = export_program(STORED[weights](prepare_for_inference(network)), input_size, batch)
     with TemporaryDirectory(dir=output.parent, prefix='.export-') as folder:
         unchecked = Path(folder, output.name)
         runtime.save(program, metadata, unchecked)

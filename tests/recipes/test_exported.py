@@ -1,4 +1,5 @@
 """recipes/export.py: a checkpoint becomes a file that another runtime computes the same with."""
+import copy
 import dataclasses
 import hashlib
 import json
@@ -13,9 +14,12 @@ import torch
 from _arguments import EXPORT_SUFFIXES
 from _dataset import load_digits
 from _exported import FORMATS
+from _stored import store_kernels_int8
 from PIL import Image
-from test_inference import randomize
+from test_export import make_layers
+from test_inference import METHODS, randomize
 
+from fmd_timm import prepare_for_inference
 from fmd_timm.hub import save_for_hub
 
 NAMES = [f'digit {i}' for i in range(10)]
@@ -40,9 +44,10 @@ def run(*arguments):
 
 @pytest.mark.parametrize('format, batch, weights', [
     ('onnx', '1', 'fp32'), ('torch-export', 'dynamic', 'fp16'),
-    ('openvino', '1', 'fp32'), ('openvino', 'dynamic', 'fp16'),
+    ('onnx', 'dynamic', 'int8'), ('openvino', '1', 'fp32'), ('openvino', 'dynamic', 'fp16'),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('onnx', 'dynamic', 'fp16'), ('torch-export', '1', 'fp32'))),
+        ('onnx', 'dynamic', 'fp16'), ('torch-export', '1', 'fp32'), ('torch-export', '1', 'int8'),
+        ('openvino', '1', 'int8'))),
 ])
 def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weights):
     for package in FORMATS[format].packages:
@@ -97,17 +102,31 @@ def test_files_of_others_and_none_are_refused(tmp_path, capsys):
         predict_lines(path, image, capsys)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('method', METHODS)
+def test_kernels_in_int8_leave_their_scale_to_the_output(method):
+    prepared = prepare_for_inference(make_layers(method))
+    stored = store_kernels_int8(copy.deepcopy(prepared))
+    kernels = [name for name, t in stored.state_dict().items() if t.dtype == torch.int8]
+    assert len(kernels) == 4 and all(name.endswith('weight') for name in kernels)
+    x = torch.randn(3, 3, 17, 12)
+    expected, found = prepared(x), stored(x)
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    assert 1e-5 < error < 2e-2
+
+
 @pytest.mark.slow
-def test_weights_of_half_the_bytes_make_half_the_file(tmp_path, digits_folder):
+def test_weights_of_fewer_bytes_make_a_smaller_file(tmp_path, digits_folder):
     network = timm.create_model(tiny.NAME, num_classes=10, channels=(32, 64, 64, 128))
     save_for_hub(randomize(network), tmp_path, data_config=dict(input_size=(3, 8, 8)))
     sizes = {
         (format, weights): run(
             tmp_path, '--format', format, '--weights', weights, '--images', digits_folder
         )['files'][f'model{EXPORT_SUFFIXES[format]}']['bytes']
-        for format in ('onnx', 'torch-export') for weights in ('fp32', 'fp16')}
+        for format in ('onnx', 'torch-export') for weights in ('fp32', 'fp16', 'int8')}
     for format in 'onnx', 'torch-export':
         assert sizes[format, 'fp16'] < 0.65 * sizes[format, 'fp32']
+        assert sizes[format, 'int8'] < 0.45 * sizes[format, 'fp32']
 
 
 def test_a_file_that_computes_something_else_is_not_kept(checkpoint, tmp_path, monkeypatch):
@@ -117,7 +136,7 @@ def test_a_file_that_computes_something_else_is_not_kept(checkpoint, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_arguments_are_named(checkpoint, tmp_path, monkeypatch):
+def test_bad_arguments_are_named(checkpoint, digits_folder, tmp_path, monkeypatch):
     for arguments, message in [
         ((checkpoint, '--format', 'onnx', '--output', 'model.pt'), '--output must end in .onnx for --format onnx, got'),
         ((checkpoint, '--format', 'onnx', '--images', tmp_path), "dataset '.*' could not be loaded"),
@@ -128,7 +147,9 @@ def test_bad_arguments_are_named(checkpoint, tmp_path, monkeypatch):
     save_for_hub(timm.create_model(tiny.NAME, num_classes=0), tmp_path)
     with pytest.raises(SystemExit, match='has no classifier'):
         run(tmp_path, '--format', 'onnx')
-    save_for_hub(timm.create_model(tiny.NAME), tmp_path)
+    save_for_hub(timm.create_model(tiny.STATIC), tmp_path)
+    with pytest.raises(SystemExit, match='--weights int8 is for the kernels of dynamic convolutions'):
+        run(tmp_path, '--format', 'onnx', '--weights', 'int8', '--images', digits_folder)
     with pytest.raises(SystemExit, match='--images must be .* has no result.json of a training run'):
         run(tmp_path, '--format', 'onnx')
     monkeypatch.setitem(FORMATS, 'onnx', FORMATS['onnx']._replace(packages=('onnx', 'no_such_runtime')))
