@@ -67,7 +67,7 @@ with torch.no_grad():
     logits = model(transform(image).unsqueeze(0)).logits
 ```
 
-## Training
+$exported## Training
 
 ```bash
 $command
@@ -113,6 +113,54 @@ $article@misc{rw2019timm,
 }
 ```
 ''')
+
+EXPORTED = Template('''\
+## Exported
+
+The same network in files for other runtimes, which need neither PyTorch nor fmd-timm. Images go in as float32 (batch,
+channels, height, width), normalised, and logits come out. A difference is that to PyTorch, relative to the largest
+logit. The record of a file, `<file>.json`, has the versions and the command.
+
+$table
+
+$usage
+''')
+
+EXPORTED_USAGE = Template('''\
+With $runtime, and timm for the preprocessing:
+
+```python
+import json
+
+import $runtime
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from timm.data import create_transform
+
+$load
+names = about.pop('label_names')
+transform = create_transform(**about)
+
+image = Image.new('RGB', ($width, $height))  # yours: Image.open('image.png').convert('RGB')
+images = transform(image).unsqueeze(0).numpy()
+print(names[$logits[0].argmax()])
+```
+''')
+
+# Of each format of recipes/export.py: the runtime, how it loads the file and what is said there about images and
+# classes, and the logits.
+RUNTIMES = dict(
+    onnx=('onnxruntime', '''\
+session = onnxruntime.InferenceSession(hf_hub_download('$repo', 'model.onnx'))
+about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}''',
+          "session.run(None, {'pixel_values': images})[0]"),
+    openvino=('openvino', '''\
+hf_hub_download('$repo', 'model.bin')  # stands beside the other
+network = openvino.Core().read_model(hf_hub_download('$repo', 'model.xml'))
+about = {name: json.loads(text) for name, text in network.get_rt_info('model_info').value.items()}
+compiled = openvino.compile_model(network, 'CPU')''',
+              'compiled(images)[0]'),
+)
 
 ARTICLE = '''\
 @article{zhang2025fmdconv,

@@ -4,11 +4,12 @@ Every number of a card comes from the record, so a card can't state what nobody 
 """
 import json
 import math
+from string import Template
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .card_template import ARTICLE, CARD, TABLE
+from .card_template import ARTICLE, CARD, EXPORTED, EXPORTED_USAGE, RUNTIMES, TABLE
 from .layers import METHODS
 
 __all__ = ['make_card', 'results_table']
@@ -144,11 +145,45 @@ def _legs(record: dict[str, Any]) -> str:
     return f'- The run was continued on other hardware: {parts}. Times and scores of training {times}.\n'
 
 
+def _exported(records: list[dict[str, Any]], repo: str, height: int, width: int) -> str:
+    """The section on files for other runtimes, from the records of recipes/export.py.
+
+    Raises:
+        ValueError: A record has no such field; names it.
+    """
+    if not records:
+        return ''
+    rows = {
+        'Runtime': lambda r: f'{(name := RUNTIMES[r["format"]][0])} {r["versions"][name]}',
+        'Size': lambda r: f'{sum(file["bytes"] for file in r["files"].values()) / 1e6:.1f} MB',
+        'Weights': lambda r: r['weights'],
+        'Images at a time': lambda r: '1' if r['batch'] == '1' else 'any number',
+        'Largest difference': lambda r: f'{r["largest_relative_difference"]:.1e}',
+        'Same best class': lambda r: f'{_number(r["top1_agreement"])} of {_number(r["images"])} images',
+        'Latency at batch 1': lambda r: _number(r['infer_ms_per_image'], 'ms'),
+        'Hardware': lambda r: r['device'],
+    }
+    try:
+        lines = [
+            f'| | {" | ".join(", ".join(f"`{file}`" for file in sorted(r["files"])) for r in records)} |',
+            f'|---{len(records) * "|---"}|',
+            *(f'| {label} | {" | ".join(cell(r) for r in records)} |' for label, cell in rows.items())]
+    except KeyError as error:
+        raise ValueError(f'the record of an exported file has no {error}') from error
+    usages = []
+    for record in records:
+        runtime, load, logits = RUNTIMES[record['format']]
+        usages.append(EXPORTED_USAGE.substitute(
+            runtime=runtime, load=Template(load).substitute(repo=repo), logits=logits, height=height, width=width))
+    return EXPORTED.substitute(table='\n'.join(lines), usage='\n'.join(usages))
+
+
 def make_card(record: dict[str, Any], repo: str) -> ModelCard:
     """The model card of a training run.
 
     Args:
-        record: What training wrote to `result.json`, see `REQUIRED` and `MAY_BE_NONE`; other entries are not used.
+        record: What training wrote to `result.json`, see `REQUIRED` and `MAY_BE_NONE`. `exported`, if it is there, are
+            records of recipes/export.py, of files that are published with the weights. Other entries are not used.
         repo: Hub repository 'owner/name' that the card is for.
 
     Raises:
@@ -203,6 +238,7 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         convolutions=_convolutions(method),
         differences=_differences(record),
         legs=_legs(record),
+        exported=_exported(record.get('exported', []), repo, height, width),
         article=ARTICLE if method == 'FMDConv' else '',
         init=_origin(init),
         teacher=_teacher(record['teacher']),

@@ -13,6 +13,8 @@ from _recipe import VALIDATION_SPLITS, Recipe, check_effects, check_recipe
 
 METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
 EXPORT_SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'torch-export': '.pt2'}  # of the formats of _exported.py
+# What the Hub may hold: a file of torch.export runs in PyTorch alone, where the weights themselves do.
+PUBLISHED_FILES = {'onnx': ('model.onnx',), 'openvino': ('model.xml', 'model.bin')}
 
 
 def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:
@@ -186,11 +188,16 @@ def parse_publish(argv: list[str], description: str | None = None) -> argparse.N
     parser = make_parser(description)
     parser.add_argument('--run', type=path, required=True, help='folder that training wrote')
     parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='model repository, made if there is none')
+    parser.add_argument(
+        '--with', nargs='+', choices=PUBLISHED_FILES, default=[], dest='formats', metavar='FORMAT',
+        help=f'publish what recipes/export.py wrote into the folder, too: {", ".join(PUBLISHED_FILES)}')
     parser.add_argument('--tag', help='record it in hub_cards/ as <architecture>.<tag>')
     parser.add_argument('--private', action='store_true', help='make the repository private')
     parser.add_argument('--replace', action='store_true', help='take the place of whatever the repository holds')
     parser.add_argument('--dry-run', action='store_true', help='check, then print what would be pushed')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.formats = list(dict.fromkeys(args.formats))
+    return args
 
 
 def parse_bench(argv: list[str], description: str | None = None) -> argparse.Namespace:

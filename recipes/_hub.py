@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from _arguments import PUBLISHED_FILES
 from _record import sha256
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -15,6 +16,8 @@ from fmd_timm.models._pretrained import WEIGHTS_NAME
 
 CONFIG, RECORD, CARD = 'config.json', 'result.json', 'README.md'
 RUN_FILES = WEIGHTS_NAME, CONFIG, RECORD
+# What recipes/export.py writes of a network, each with its record last
+EXPORTED = {format: (*names, f'{names[0]}.json') for format, names in PUBLISHED_FILES.items()}
 OF_THE_HUB = '.gitattributes'  # in every repository from the first
 
 
@@ -50,7 +53,8 @@ def find_repository(
     files = {file.rfilename for file in there.siblings} - {OF_THE_HUB}
     if replace or not files:
         return there
-    others = sorted(files - {*RUN_FILES, CARD})
+    exported = [name for names in EXPORTED.values() if names[-1] in files for name in names]
+    others = sorted(files - {*RUN_FILES, CARD, *exported})
     holds = f'holds {", ".join(others)}' if others else None
     if not others:
         theirs = _record_in(api, repo, there.sha) if RECORD in files else {}
@@ -77,11 +81,15 @@ def _record_in(api: HfApi, repo: str, commit: str) -> dict[str, Any]:
 
 
 def push(
-        api: HfApi, repo: str, private: bool, replace: bool, there: ModelInfo | None, run: Path, card: ModelCard,
+        api: HfApi, repo: str, private: bool, replace: bool, there: ModelInfo | None, run: Path, names: list[str],
+        card: ModelCard,
 ) -> dict[str, str]:
     """Upload, read back, compare. Returns the `hub` entry of a record in hub_cards/.
 
+    Exported files that are not sent go: they may be of earlier weights, and the card says nothing of them.
+
     Args:
+        names: The files of the run to send.
         there: What `find_repository` has found: a commit that somebody made since then is not built upon.
 
     Raises:
@@ -90,7 +98,7 @@ def push(
     with TemporaryDirectory() as folder:
         staged = Path(folder, 'staged')
         staged.mkdir()
-        for name in RUN_FILES:
+        for name in names:
             shutil.copyfile(run / name, staged / name)
         card.save(staged / CARD)
 
@@ -101,7 +109,7 @@ def push(
                 made = True
             commit = api.upload_folder(
                 repo_id=repo, folder_path=staged, commit_message='Publish with fmd_timm',
-                parent_commit=there and there.sha, delete_patterns='*' if replace else None).oid
+                parent_commit=there and there.sha, delete_patterns='*' if replace else sum(EXPORTED.values(), ())).oid
         except (Exception, KeyboardInterrupt) as error:  # the client and its transport have no common class
             left = _what_is_left(api, repo, there, made)
             raise SystemExit(f'publishing to {repo} failed: {explain(error)}. {left}') from error

@@ -9,6 +9,9 @@ these files and the card made from `result.json`, and what the Hub holds at that
 A repository that holds something else than an earlier run of this network on this dataset is left alone, unless
 --replace says to put this run in the place of all its files. Its history stays.
 
+With `--with onnx` the file that recipes/export.py wrote into the folder comes along with its record, and the card has
+a section on it. Exported files of an earlier publication go where they are not published again.
+
 With --tag the run is also recorded in hub_cards/, so that `timm.create_model('<architecture>.<tag>', pretrained=True)`
 loads this very commit. Publishing a tag again replaces its record.
 """
@@ -26,7 +29,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from _hub import CARD, CONFIG, RECORD, RUN_FILES, check_access, find_repository, push
+from _hub import CARD, CONFIG, EXPORTED, RECORD, RUN_FILES, check_access, find_repository, push
 from _record import read_json, sha256, write_json, write_text
 from _record_checks import check_record
 from huggingface_hub import HfApi, ModelCard
@@ -69,6 +72,32 @@ def check_weights(run: Path, record: dict[str, Any]) -> None:
     if found != expected:
         raise SystemExit(
             f'{run / RECORD} is of other weights: theirs have sha256 {expected}, {WEIGHTS_NAME} has {found}')
+
+
+def read_exported(run: Path, format: str) -> dict[str, Any]:
+    """The record of the exported files in the folder, if it is of these files, and these of the weights beside them."""
+    *files, name = EXPORTED[format]
+    command = f'python recipes/export.py {run} --format {format}'
+    missing = [file for file in (*files, name) if not (run / file).is_file()]
+    if missing:
+        raise SystemExit(f'--with {format}: {run} has no {", ".join(missing)}, which this writes: {command}')
+    record = read_object(run / name)
+    try:
+        exported_from, expected = record['checkpoint']['revision'], {file: record['files'][file] for file in files}
+        found = {file: dict(bytes=(run / file).stat().st_size, sha256=sha256(run / file)) for file in files}
+    except (KeyError, TypeError) as error:
+        raise SystemExit(f'{run / name} is no record of recipes/export.py ({type(error).__name__}: {error})') from error
+    weights = f'sha256 {sha256(run / WEIGHTS_NAME)}'
+    if exported_from != weights:
+        raise SystemExit(
+            f'{run / name} is of other weights: it was exported from those with {exported_from}, {WEIGHTS_NAME} has '
+            f'{weights}. Export again: {command}')
+    for file in files:
+        if found[file] != expected[file]:
+            raise SystemExit(
+                f'{run / name} is of another {file}: it has {expected[file]}, the file {found[file]}. Export again: '
+                f'{command}')
+    return record
 
 
 def load_network(run: Path, config: dict[str, Any], record: dict[str, Any]) -> nn.Module:
@@ -118,12 +147,17 @@ def write_record(name: str, record: dict[str, Any], card: ModelCard) -> None:
     print(f'wrote {HUB_CARDS / name}.md and .json')
 
 
-def main(run: Path, repo: str, tag: str | None, private: bool, replace: bool, dry_run: bool) -> None:
+def main(
+        run: Path, repo: str, formats: list[str], tag: str | None, private: bool, replace: bool, dry_run: bool,
+) -> None:
     check_names(repo, tag)
     missing = [name for name in RUN_FILES if not (run / name).is_file()]
     if missing:
         raise SystemExit(f'--run {run} has no {", ".join(missing)}')
     config, record = read_object(run / CONFIG), read_object(run / RECORD)
+    names = [*RUN_FILES, *(name for format in formats for name in EXPORTED[format])]
+    if formats:
+        record['exported'] = [read_exported(run, format) for format in formats]
     try:
         card = make_card(record, repo)
         check_record(record)
@@ -136,7 +170,7 @@ def main(run: Path, repo: str, tag: str | None, private: bool, replace: bool, dr
 
     if dry_run:
         print(card)
-        print(f'would push to {repo}: {", ".join(RUN_FILES)} and the card above as {CARD}')
+        print(f'would push to {repo}: {", ".join(names)} and the card above as {CARD}')
         if tag:
             print(f'would write {HUB_CARDS / record["model"]}.{tag}.json and .md')
         return
@@ -148,7 +182,7 @@ def main(run: Path, repo: str, tag: str | None, private: bool, replace: bool, dr
         card.validate()
     except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
         raise SystemExit(f'nothing was sent to {repo}: {explain(error)}') from error
-    hub = push(api, repo, private, replace, there, run, card)
+    hub = push(api, repo, private, replace, there, run, names, card)
     print(f'published {api.endpoint}/{repo}/tree/{hub["commit"]}')
     if tag:
         pretrained_cfg = filter_pretrained_cfg(network.pretrained_cfg, remove_source=True)

@@ -8,6 +8,7 @@ import socket
 from functools import partial
 from pathlib import Path
 
+import export
 import processes
 import publish
 import pytest
@@ -233,6 +234,7 @@ def publish_here(hub, monkeypatch):
     (dict(result_json='[]'), 'has no result.json of a run'),
     (dict(result_json='{"model": "resnet18_fmd_cifar", "dataset": "flowers"}'),
      'holds a run of resnet18_fmd_cifar on flowers, this one is of resnet18_fmd_cifar on digits'),
+    ({'result_json': '{}', 'model.onnx': '.'}, 'holds model.onnx'),  # nobody knows whose: it has no record
 ])
 def test_what_publishing_did_not_write_is_replaced_only_when_told(hub, publish_here, small_run, files, holds):
     repo = put(hub, 'acme/theirs', **files)
@@ -251,6 +253,82 @@ def test_an_empty_repository_and_an_earlier_run_are_published_to(hub, publish_he
     assert len(repo.commits) == 3  # the second time there was nothing to change
     with pytest.raises(SystemExit, match='--private: acme/mine is there already and public'):
         publish_here('--run', small_run, '--repo', 'acme/mine', '--private')
+
+
+@pytest.fixture(scope='module')
+def exported_run(tmp_path_factory, digits_folder):
+    """A smaller run, with an ONNX file in its folder."""
+    run = tmp_path_factory.mktemp('exported') / 'run'
+    make_run(run, channels=[8, 16, 32, 64], layers=[1, 1, 1, 1])
+    export.main(**vars(export.parse_export([str(run), '--format', 'onnx', '--images', str(digits_folder)])))
+    return run
+
+
+@pytest.mark.filterwarnings('ignore')  # of exporters
+def test_an_exported_file_is_published_with_its_record_and_goes_with_other_weights(
+        hub, publish_here, exported_run, tmp_path, capsys):
+    arguments = '--repo', 'acme/exported', '--with', 'onnx'
+    publish_here('--run', exported_run, *arguments)
+    repo = hub.repos['acme/exported']
+    assert repo.at('main').keys() == FILES | {'.gitattributes', 'model.onnx', 'model.onnx.json'}
+    for name in 'model.onnx', 'model.onnx.json', 'result.json':
+        assert repo.at('main')[name] == (exported_run / name).read_bytes()
+    record = json.loads((exported_run / 'model.onnx.json').read_text())
+    card = repo.at('main')['README.md'].decode()
+    size = (exported_run / 'model.onnx').stat().st_size / 1e6
+    for row in (f'Size | {size:.1f} MB', 'Same best class | 50 of 50 images', f'Hardware | {record["device"]}',
+                f'Runtime | onnxruntime {record["versions"]["onnxruntime"]}', 'Images at a time | 1',
+                f'Largest difference | {record["largest_relative_difference"]:.1e}'):
+        assert f'| {row} |' in card.splitlines()
+
+    usage, = [code for code in re.findall('^```python\n(.*?)^```$', card, re.DOTALL | re.MULTILINE) if 'onnx' in code]
+    capsys.readouterr()
+    seen = {}
+    exec(usage, seen)
+    network = timm.create_model(f'local-dir:{exported_run}', pretrained=True).eval()
+    with torch.no_grad():
+        expected = network(torch.from_numpy(seen['images']))
+    assert capsys.readouterr().out == f'digit {expected.argmax()}\n'
+
+    publish_here('--run', exported_run, *arguments)
+    assert len(repo.commits) == 2  # there was nothing to change
+    other = shutil.copytree(exported_run, tmp_path / 'run')
+    weights = load_file(other / 'model.safetensors')
+    weights['fc.bias'] += 1
+    save_file(weights, other / 'model.safetensors', metadata={'format': 'pt'})
+    edit(other / 'result.json', weights_sha256=sha256(other / 'model.safetensors'))
+    hashes = [sha256(run / 'model.safetensors') for run in (exported_run, other)]
+    message = 'of other weights: it was exported from those with sha256 {}, .* has sha256 {}. Export again: python'
+    with pytest.raises(SystemExit, match=message.format(*hashes)):
+        publish_here('--run', other, *arguments)
+    publish_here('--run', other, '--repo', 'acme/exported')
+    assert repo.at('main').keys() == FILES | {'.gitattributes'}
+    assert '## Exported' not in repo.at('main')['README.md'].decode()
+
+
+def test_exported_files_that_are_missing_or_others_are_refused(publish_offline, small_run, exported_run, tmp_path):
+    def publish_it(run, format='onnx'):
+        publish_offline('--run', run, '--repo', REPO, '--with', format)
+
+    for run, format, names in (small_run, 'onnx', 'model.onnx, model.onnx.json'), (
+            exported_run, 'openvino', 'model.xml, model.bin, model.xml.json'):
+        command = rf'python recipes/export\.py .* --format {format}'
+        with pytest.raises(SystemExit, match=f'^--with {format}: .* has no {names}, which this writes: {command}$'):
+            publish_it(run, format)
+    damaged = shutil.copytree(exported_run, tmp_path / 'run')
+    (damaged / 'model.onnx').write_bytes(b'another')
+    with pytest.raises(SystemExit, match='is of another model.onnx: it has .*, the file .* Export again: python'):
+        publish_it(damaged)
+    for record, message in ('[]', 'must hold a JSON object, got list'), ('{}', 'is no record of recipes/export.py'):
+        (damaged / 'model.onnx.json').write_text(record)
+        with pytest.raises(SystemExit, match=message):
+            publish_it(damaged)
+    shutil.copy(exported_run / 'model.onnx', damaged)
+    record = json.loads((exported_run / 'model.onnx.json').read_text())
+    del record['infer_ms_per_image']
+    (damaged / 'model.onnx.json').write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="the record of an exported file has no 'infer_ms_per_image'"):
+        publish_it(damaged)
 
 
 COMMIT = 'POST .*/commit/main'
