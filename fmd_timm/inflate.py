@@ -9,9 +9,10 @@ Fine-tune at temperature 1, which an inflated network has. A high temperature ma
 all kernels learn. This attention is uniform already, and a temperature T would divide the gradients of its last layers
 by T. A trained dynamic checkpoint has learned at the temperature that is saved with it: keep that one.
 
-Use an adaptive optimizer such as AdamW. In FMDConv with K = 4, both gates are 1/2 and kernel_attn is 1/4: each kernel
-gets 1/16 of the static kernel's gradient, and the gates multiply its change by 1/4. SGD with the learning rate of the
-static network would move the mixed kernel 1/64 as far.
+Give the kernels a learning rate of their own. In FMDConv with K = 4, both gates are 1/2 and kernel_attn is 1/4: each
+kernel gets 1/16 of the static kernel's gradient, and the gates multiply its change by 1/4. With the learning rate of
+the static network, SGD would move the mixed kernel 1/64 as far. AdamW, whose step does not depend on the size of the
+gradient, would move it 1/4 as far. `shares_of_kernels` says by how much; recipes/train.py does it.
 """
 import copy
 import logging
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .layers import DynamicConv2d, FMDConv2d, make_dynamic
 
-__all__ = ['checkpoint_filter_fn', 'inflate', 'inflate_state_dict']
+__all__ = ['checkpoint_filter_fn', 'inflate', 'inflate_state_dict', 'shares_of_kernels']
 
 _logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def inflate_state_dict(
         if static is None or static.shape != expected:
             found = 'is missing' if static is None else f'is {tuple(static.shape)}'
             raise ValueError(f'{key} {found} in the static state_dict, expected {expected}')
-        weight_factor, bias_factor = _constant_factors(conv)
+        # a constant attention multiplies a static kernel that stands K times in the bank, and such a bias, by this
+        weight_factor, bias_factor = (shares.sum().item() for shares in _constant_shares(conv))
         inflated[key] = _grow(static / weight_factor, conv.num_kernels, noise, generator)
         if conv.bias is not None:
             bias = state_dict.get(f'{name}.bias', static.new_zeros(conv.out_channels))
@@ -115,6 +117,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return inflate_state_dict(state_dict, model)
 
 
+def shares_of_kernels(conv: DynamicConv2d) -> tuple[Tensor, Tensor] | None:
+    """(K,) and (K,): what the attention of an inflated layer multiplies each kernel and each bias with, in float64.
+
+    Their sum is how far the mixed kernel moves where all K kernels move by 1, the sum of their squares how far it moves
+    where each moves by its gradient. None where the attention has been trained: it depends on the image.
+    """
+    layers = [getattr(conv.attention, name) for name in conv.attention.last_layers]
+    is_constant = not any(parameter.any() for layer in layers for parameter in layer.parameters())
+    return _constant_shares(conv) if is_constant else None
+
+
 def is_static(state_dict: dict[str, Tensor], model: nn.Module, prefix: str = '') -> bool:
     """Whether the weights have none of the attention of a dynamic network, whose keys in them begin with `prefix`."""
     convs = [f'{prefix}{name}.' for name in _dynamic_convs(model)]
@@ -133,21 +146,20 @@ def _dynamic_convs(model: nn.Module) -> dict[str, DynamicConv2d]:
 
 
 @torch.no_grad()
-def _constant_factors(conv: DynamicConv2d) -> tuple[float, float]:
-    """A constant attention multiplies a static kernel that stands K times in the bank, and such a bias, by this."""
+def _constant_shares(conv: DynamicConv2d) -> tuple[Tensor, Tensor]:
+    """`shares_of_kernels` once the attention is constant."""
     attention = copy.deepcopy(conv.attention).double().eval()
     attention.make_constant()
     any_image = torch.zeros(1, conv.in_channels, 1, 1, dtype=torch.float64, device=conv.weight.device)
-    constants = attention(any_image)
-    kernel_attn, in_attn, out_attn, tap_attn = (None if attn is None else attn[0] for attn in constants)
-    bias_factor = 1.0 if kernel_attn is None else kernel_attn.sum().item()
+    kernel_attn, in_attn, out_attn, tap_attn = (None if attn is None else attn[0].cpu() for attn in attention(any_image))
+    bias = torch.ones(conv.num_kernels, dtype=torch.float64) if kernel_attn is None else kernel_attn
     if out_attn is not None:
-        bias_factor *= out_attn[0].item()
-    weight_factor = bias_factor
+        bias = bias * out_attn[0]
+    weight = bias
     for attn in in_attn, tap_attn:
         if attn is not None:
-            weight_factor *= attn[0].item()
-    return weight_factor, bias_factor
+            weight = weight * attn[0]
+    return weight, bias
 
 
 def _grow(static: Tensor, num_kernels: int, noise: float, generator: torch.Generator) -> Tensor:

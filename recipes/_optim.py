@@ -11,6 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from fmd_timm import DynamicConv2d
+from fmd_timm.inflate import shares_of_kernels
 
 
 def check_optimizer(recipe: Recipe) -> None:
@@ -46,7 +47,7 @@ def optimizer_arguments(recipe: Recipe) -> dict[str, Any]:
 def make_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
     groups = partial(
         parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay,
-        head_lr_scale=recipe.head_lr_scale)
+        head_lr_scale=recipe.head_lr_scale, attention_lr_scale=recipe.attention_lr_scale, opt=recipe.opt)
     return create_optimizer_v2(network, param_group_fn=groups, **optimizer_arguments(recipe))
 
 
@@ -123,28 +124,62 @@ def train_mode(model: nn.Module) -> None:
 
 
 def parameter_groups(
-        model: nn.Module, weight_decay: float, layer_decay: float, head_lr_scale: float) -> list[dict]:
-    """timm's groups for layer-wise learning-rate decay, those of the classifier scaled besides.
+        model: nn.Module,
+        weight_decay: float,
+        layer_decay: float = 1.0,
+        head_lr_scale: float = 1.0,
+        attention_lr_scale: float = 1.0,
+        opt: str = 'adamw',
+) -> list[dict]:
+    """timm's groups for layer-wise learning-rate decay, some of them scaled besides.
 
     The layers are those of the network's `group_matcher`; the scale of a group is its 'lr_scale', which timm's
-    schedulers multiply with the learning rate.
+    schedulers multiply with the learning rate. The kernels of an inflated network have the learning rate with which
+    the mixed kernel moves as the static one would, and are decayed as much as it.
 
     Args:
         model: A network that `timm.create_model` made; frozen parameters are left out.
         weight_decay: Not for biases, norms and what the network exempts.
         layer_decay: Learning rate of a layer over that of the next one; 1 is the same for all.
         head_lr_scale: Learning rate of the classifier over that of the layer which it is in.
+        attention_lr_scale: That of the attention of dynamic convolutions.
+        opt: timm's name of the optimizer that they are for.
     """
     exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
-    head = {id(parameter) for name, parameter in model.named_parameters() if is_classifier(model, name)}
+    scales = {
+        id(parameter): head_lr_scale for name, parameter in model.named_parameters() if is_classifier(model, name)}
+    of_kernels = {}
+    for module in model.modules():
+        if isinstance(module, DynamicConv2d):
+            scales |= {id(parameter): attention_lr_scale for parameter in module.attention.parameters()}
+            for parameter, shares in zip((module.weight, module.bias), shares_of_kernels(module) or ()):
+                of_kernels[id(parameter)] = kernel_lr_scale(shares, opt)
     groups = []
     for group in param_groups_layer_decay(
             model, weight_decay=weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay):
-        for in_head, scale in (False, 1.0), (True, head_lr_scale):
-            parameters = [parameter for parameter in group['params'] if (id(parameter) in head) == in_head]
-            if parameters:
-                groups.append(dict(group, params=parameters, lr_scale=group['lr_scale'] * scale))
+        parts = {}
+        for parameter in group['params']:
+            scale = scales.get(id(parameter), 1.0), of_kernels.get(id(parameter), 1.0)
+            parts.setdefault(scale, []).append(parameter)
+        for (scale, of_kernel), parameters in parts.items():
+            groups.append(dict(
+                group, params=parameters, lr_scale=group['lr_scale'] * scale * of_kernel,
+                weight_decay=group['weight_decay'] / of_kernel))
     return groups
+
+
+def kernel_lr_scale(shares: Tensor, opt: str) -> float:
+    """What the learning rate of K kernels is multiplied with, so that their mixture moves as a single kernel would.
+
+    Args:
+        shares: (K,), of each kernel in the mixture, see `fmd_timm.inflate.shares_of_kernels`.
+        opt: timm's name of the optimizer. Where its step follows the gradient (SGD), each kernel moves by its share of
+            the gradient. Where it follows the size of the weights (LAMB, LARS), the larger kernels of an inflated
+            network move as much further. All others take steps of one size.
+    """
+    if any(name in opt for name in ('lamb', 'lars', 'larc')):
+        return 1.0
+    return 1 / (shares.square() if any(name in opt for name in ('sgd', 'nesterov', 'momentum')) else shares).sum().item()
 
 
 def balanced_class_weights(labels: list[int], num_classes: int) -> Tensor:

@@ -101,6 +101,7 @@ class Recipe:
     clip_grad: float | None = option(None, 'largest norm of the gradients')
     layer_decay: float = option(1.0, 'learning rate of each layer over that of the next one; 1 is the same for all')
     head_lr_scale: float = option(1.0, "learning rate of the classifier over that of its layer")
+    attention_lr_scale: float = option(1.0, 'learning rate of the attention over that of its layer')
     ema_decay: float = option(0.0, 'decay of the averaged weights that are evaluated and saved; 0 is off')
 
     lr: float = option(0.1, 'peak learning rate', group='schedule')
@@ -188,7 +189,7 @@ def check_recipe(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and not 0 < value <= 1:
             refuse(recipe, name, 'above 0 and at most 1')
-    for name in 'lr', 'head_lr_scale', 'temperature', 'clip_grad', 'kd_temperature', 'opt_eps', 'decay_epochs':
+    for name in 'lr', 'head_lr_scale', 'attention_lr_scale', 'temperature', 'clip_grad', 'kd_temperature', 'opt_eps', 'decay_epochs':
         value = getattr(recipe, name)
         if value is not None and not 0 < value <= LARGEST:
             refuse(recipe, name, 'positive and finite in float32')

@@ -11,6 +11,9 @@ from _training import learning_rate
 from timm.loss import BinaryCrossEntropy
 from torch.nn import functional as F
 
+from fmd_timm import DynamicConv2d, inflate
+from fmd_timm.layers import METHODS
+
 
 def rates(recipe, steps_per_epoch=2):
     """The learning rate of each step."""
@@ -145,3 +148,34 @@ def test_a_teacher_of_other_classes_or_other_sizes_is_refused(capsys):
     vit = timm.create_model('test_vit', num_classes=2)  # for 160 pixels
     with pytest.raises(SystemExit, match='must be a network for images of 8 pixels'):
         _distillation.make_teacher(vit, ['cat', 'dog'], {8}, print)
+
+
+@pytest.mark.parametrize('method', METHODS.values())
+@pytest.mark.parametrize('opt, lr', [('sgd', 0.1), ('adamw', 1e-3), ('lion', 1e-3), ('lamb', 1e-3), ('lars', 0.1)])
+def test_the_mixed_kernel_of_an_inflated_network_moves_as_the_static_one(method, opt, lr):
+    """In the first step of an optimizer, with weight decay."""
+    torch.manual_seed(0)
+    static = timm.create_model(tiny.STATIC).double()
+    inflated = inflate(static, method, noise=0.0)
+    images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    kernels = {}
+    for network in static, inflated:
+        name, conv = next((n, m) for n, m in network.named_modules() if n.endswith('conv1') and 'layer' in n)
+        kernels[network] = mixed_kernel(conv)
+        recipe = Recipe(opt=opt, lr=lr, weight_decay=0.1, sched='constant', warmup_epochs=0)
+        optimizer = _optim.make_optimizer(recipe, network)
+        _optim.make_scheduler(recipe, optimizer, 1)  # which scales the learning rate of each group
+        network(images).square().mean().backward()
+        shares = _optim.shares_of_kernels(conv) if network is inflated else None
+        optimizer.step()
+        kernels[network] -= mixed_kernel(conv, shares)
+    assert kernels[static].abs().max() > 1e-5
+    torch.testing.assert_close(kernels[inflated], kernels[static], rtol=1e-4, atol=0.0)
+
+
+def mixed_kernel(conv, shares=None):
+    """As the attention of an inflated network mixes it at the start."""
+    if not isinstance(conv, DynamicConv2d):
+        return conv.weight.detach().clone()
+    shares = shares or _optim.shares_of_kernels(conv)
+    return torch.einsum('k,koihw->oihw', shares[0], conv.weight.detach().unflatten(0, (conv.num_kernels, -1)))
