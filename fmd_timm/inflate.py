@@ -151,7 +151,8 @@ def _constant_shares(conv: DynamicConv2d) -> tuple[Tensor, Tensor]:
     attention = copy.deepcopy(conv.attention).double().eval()
     attention.make_constant()
     any_image = torch.zeros(1, conv.in_channels, 1, 1, dtype=torch.float64, device=conv.weight.device)
-    kernel_attn, in_attn, out_attn, tap_attn = (None if attn is None else attn[0].cpu() for attn in attention(any_image))
+    kernel_attn, in_attn, out_attn, tap_attn = (
+        None if attn is None else attn[0].cpu() for attn in attention(any_image))
     bias = torch.ones(conv.num_kernels, dtype=torch.float64) if kernel_attn is None else kernel_attn
     if out_attn is not None:
         bias = bias * out_attn[0]

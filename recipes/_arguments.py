@@ -9,7 +9,8 @@ import types
 from pathlib import Path
 
 from _presets import PRESETS
-from _recipe import VALIDATION_SPLITS, Recipe, check_effects, check_recipe
+from _recipe import VALIDATION_SPLITS, Recipe
+from _recipe_checks import check_effects, check_recipe
 
 METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
 EXPORT_SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'torch-export': '.pt2'}  # of the formats of _exported.py

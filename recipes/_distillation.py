@@ -8,7 +8,7 @@ from _classes import known_names, label_names
 from _dataset import shortened
 from _labels import new_numbers
 from _recipe import Recipe
-from _start import find_source, load_network, origin_of
+from _sources import find_source, load_network, origin_of
 from timm.task import DistillationTeacher
 from torch import Tensor, nn
 

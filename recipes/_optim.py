@@ -179,7 +179,8 @@ def kernel_lr_scale(shares: Tensor, opt: str) -> float:
     """
     if any(name in opt for name in ('lamb', 'lars', 'larc')):
         return 1.0
-    return 1 / (shares.square() if any(name in opt for name in ('sgd', 'nesterov', 'momentum')) else shares).sum().item()
+    follows_gradient = any(name in opt for name in ('sgd', 'nesterov', 'momentum'))
+    return 1 / (shares.square() if follows_gradient else shares).sum().item()
 
 
 def balanced_class_weights(labels: list[int], num_classes: int) -> Tensor:

@@ -20,8 +20,7 @@ PRESETS = {
     ),
     'cifar10': replace(CIFAR, dataset='uoft-cs/cifar10'),
     'cifar100': replace(CIFAR, dataset='uoft-cs/cifar100', label_column='fine_label'),
-    # A start for images that nobody has tuned it to, no published run; needs --init. AdamW, because a kernel of an
-    # inflated resnet18_fmd is 4 times the static one and gets 1/16 of its gradient: SGD moves it 1/64 as far.
+    # A start for images that nobody has tuned it to, no published run; needs --init.
     'finetune': Recipe(
         model=None, image_size=None, epochs=20, batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05,
         layer_decay=0.9, head_lr_scale=3.0, warmup_epochs=1, clip_grad=5.0,

@@ -1,14 +1,12 @@
-"""A recipe: every value of a training run, and which values can work. `_presets.py` has the recipes that are known.
+"""A recipe: every value of a training run. `_presets.py` has those that are known, `_recipe_checks.py` what can work.
 
 It imports the standard library alone, so that bad values are refused before torch is imported, which takes seconds.
 Options that timm's train.py has too are named as there.
 """
+import ast
 import dataclasses
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-from _interruptions import parse_every
+from typing import Any
 
 INFLATED = 'inflated:'  # prefix of --init
 VALIDATION_SPLITS = ('validation', 'valid', 'val', 'test')  # in this order: ImageNet's test split has no labels
@@ -18,8 +16,6 @@ CHOICES = dict(
     crop=('rrc', 'pad'), interpolation=(None, 'bilinear', 'bicubic', 'random'), freeze=(None, *FREEZABLE),
     sched=('cosine', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'tanh', 'constant'), comm_hook=(None, 'bf16', 'fp16'),
     precision=('auto', 'bf16', 'fp16', 'fp32'))
-LARGEST = 3.4e38  # that is finite in float32
-MOST_PIXELS = 4096  # of a side
 # Options that change how a run is executed and not what it computes: a run may be resumed with other ones.
 EXECUTION = ('num_workers', 'tracker', 'checkpoint_every')
 
@@ -34,8 +30,10 @@ class Recipe:
     model: str | None = option(
         'resnet18_fmd', 'model registered in timm; may be left out with --init', group='network')
     init: str | None = option(
-        None, 'weights to start from: a folder, hf-hub:owner/name or model.tag; inflated:<one of these> grows the '
-        'dynamic --model out of a static network')
+        None, 'weights to start from: a folder, hf-hub:owner/name or model.tag; inflated:<one of these> makes a static '
+        'network dynamic, by FMDConv or as --model')
+    model_kwargs: list[str] | None = option(
+        None, 'arguments of the model as NAME=VALUE, such as num_kernels=2; of dynamic_cnn, static=resnet34 dynamic=od')
     drop: float = option(0.0, 'dropout in front of the classifier')
     drop_path: float = option(0.0, 'rate at which residual branches are dropped, in the last block (stochastic depth)')
     freeze: str | None = option(
@@ -149,139 +147,19 @@ class Recipe:
         """`image_sizes` as (pixels, first epoch)."""
         return [tuple(map(int, item.split(':'))) for item in self.image_sizes or ()]
 
+    def model_arguments(self) -> dict[str, Any]:
+        """`model_kwargs` as timm reads them: values are Python's literals, or text."""
+        arguments = {}
+        for item in self.model_kwargs or ():
+            name, _, value = item.partition('=')
+            try:
+                arguments[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                arguments[name] = value
+        return arguments
+
 
 def refuse(recipe: Recipe, name: str, expected: str) -> None:
     value = getattr(recipe, name)
     got = ' '.join(map(str, value)) if isinstance(value, list) else repr(value)
     raise SystemExit(f'--{name.replace("_", "-")} must be {expected}, got {got}')
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse values that can't work, as far as they show it themselves; `_start.check_names` looks up the rest.
-
-    Raises:
-        SystemExit: Names the option, what it must be and what it is.
-    """
-    if recipe.model is None and recipe.init is None:
-        refuse(recipe, 'init', 'the weights to start from, or --model a network for random ones')
-    if recipe.model is None and recipe.init.startswith(INFLATED):
-        refuse(recipe, 'model', f'the dynamic network to grow out of {recipe.init.removeprefix(INFLATED)}')
-    if recipe.freeze is not None and recipe.init is None:
-        refuse(recipe, 'freeze', 'left out without --init: random weights must learn')
-    for name, choices in CHOICES.items():
-        if getattr(recipe, name) not in choices:
-            refuse(recipe, name, f'one of {", ".join(filter(None, choices))}')
-    for name, least, most in ('image_size', 1, MOST_PIXELS), ('test_size', 1, MOST_PIXELS), ('seed', 0, 2**32 - 1):
-        value = getattr(recipe, name)
-        if value is not None and not least <= value <= most:
-            refuse(recipe, name, f'at least {least} and at most {most}')
-    for name in 'aug_repeats', 'epochs', 'batch_size', 'accumulate':
-        if getattr(recipe, name) < 1:
-            refuse(recipe, name, 'at least 1')
-    for name in 'hflip', 'reprob', 'annealed_by', 'weight_decay':
-        if not 0 <= getattr(recipe, name) <= 1:
-            refuse(recipe, name, 'between 0 and 1')
-    for name in 'drop', 'drop_path', 'smoothing', 'ema_decay', 'momentum', 'bce_target_thresh':
-        value = getattr(recipe, name)
-        if value is not None and not 0 <= value < 1:
-            refuse(recipe, name, 'at least 0 and below 1')
-    for name in 'layer_decay', 'crop_pct':
-        value = getattr(recipe, name)
-        if value is not None and not 0 < value <= 1:
-            refuse(recipe, name, 'above 0 and at most 1')
-    for name in 'lr', 'head_lr_scale', 'attention_lr_scale', 'temperature', 'clip_grad', 'kd_temperature', 'opt_eps', 'decay_epochs':
-        value = getattr(recipe, name)
-        if value is not None and not 0 < value <= LARGEST:
-            refuse(recipe, name, 'positive and finite in float32')
-    for name in ('mixup', 'cutmix', 'color_jitter', 'task_loss_weight', 'distill_loss_weight',
-                 'warmup_epochs', 'warmup_lr', 'min_lr', 'cooldown_epochs', 'decay_rate', 'num_workers'):
-        value = getattr(recipe, name)
-        if value is not None and not 0 <= value <= LARGEST:
-            refuse(recipe, name, 'at least 0 and finite')
-    try:
-        parse_every(recipe.checkpoint_every)
-    except ValueError:
-        refuse(recipe, 'checkpoint_every', "a time such as '10min' or a number of epochs such as '5epochs'")
-    if recipe.validation_share is not None and not 0 < recipe.validation_share < 1:
-        refuse(recipe, 'validation_share', 'above 0 and below 1')
-    if recipe.validation_share is not None and recipe.validation_split is not None:
-        refuse(recipe, 'validation_split', 'left out with --validation-share')
-    if recipe.streaming:
-        for name, only in ('validation_share', None), ('on_bad_image', 'stop'), ('aug_repeats', 1), (
-                'class_weights', False):
-            if getattr(recipe, name) != only:
-                refuse(recipe, name, 'left out with --streaming, which reads no image or label before its turn')
-    if not recipe.dataset:
-        refuse(recipe, 'dataset', "'digits', a folder or a dataset id on the Hub")
-    check_lists(recipe)
-    check_schedule(recipe)
-
-
-def check_lists(recipe: Recipe) -> None:
-    """The part of check_recipe that looks at options with several values."""
-    for name, most in ('scale', 1.0), ('ratio', math.inf):
-        value = getattr(recipe, name)
-        if value is not None and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
-            refuse(recipe, name, f'a smallest and a largest value above 0{" and at most 1" if most == 1 else ""}')
-    if recipe.opt_betas is not None and not all(0 <= beta < 1 for beta in recipe.opt_betas):
-        refuse(recipe, 'opt_betas', 'at least 0 and below 1')
-    milestones = recipe.decay_milestones if recipe.sched == 'multistep' else None
-    if milestones and not _ascend([0, *milestones, recipe.epochs]):
-        refuse(recipe, 'decay_milestones', f'ascending epochs between 0 and --epochs {recipe.epochs}')
-    try:
-        sizes = recipe.sizes_by_epoch()
-        fits = all(len(item) == 2 and 0 < item[0] <= MOST_PIXELS for item in sizes) and _ascend(
-            [-1, *(item[1] for item in sizes), recipe.epochs])
-    except ValueError:
-        fits = False
-    if not fits:
-        refuse(
-            recipe, 'image_sizes', f'SIZE:EPOCH ..., the sizes at most {MOST_PIXELS}, the epochs ascending from 0 and '
-            f'below --epochs {recipe.epochs}')
-
-
-def check_schedule(recipe: Recipe) -> None:
-    """The part of check_recipe that looks at the learning rate's course."""
-    if recipe.sched == 'multistep' and recipe.decay_milestones is None:
-        refuse(recipe, 'decay_milestones', 'epochs for --sched multistep, such as 30 60 90')
-    phases = recipe.warmup_epochs + recipe.cooldown_epochs
-    if recipe.sched in ('wsd', 'rsqrt'):
-        phases += recipe.decay_epochs or 0
-    if phases and phases > recipe.epochs:
-        refuse(recipe, 'epochs', f'at least the {phases:g} of warm-up, decay and cooldown')
-    if recipe.min_lr > recipe.lr:
-        refuse(recipe, 'min_lr', f'at most --lr {recipe.lr}')
-
-
-def _ascend(values: list[int]) -> bool:
-    return all(first < second for first, second in zip(values, values[1:]))
-
-
-# Options that do nothing: their names, what makes them do something, and whether a recipe has that.
-NEEDS = [
-    (('scale', 'ratio'), '--crop rrc', lambda r: r.crop == 'rrc'),
-    (('color_jitter',), 'no --aa but 3a, because timm leaves it out otherwise', lambda r: r.aa is None or '3a' in r.aa),
-    (('bce_sum', 'bce_target_thresh'), '--bce-loss', lambda r: r.bce_loss),
-    (('smoothing',), 'no --bce-target-thresh, which makes targets 0 or 1', lambda r: r.bce_target_thresh is None),
-    (('kd_temperature', 'task_loss_weight', 'distill_loss_weight'), '--kd-model-name', lambda r: r.kd_model_name),
-    (('annealed_by',), '--temperature, because that of --init stays',
-     lambda r: r.init is None or r.temperature is not None),
-    (('warmup_lr',), '--warmup-epochs', lambda r: r.warmup_epochs),
-    (('decay_milestones',), '--sched multistep', lambda r: r.sched == 'multistep'),
-    (('decay_rate',), '--sched step, multistep or poly', lambda r: r.sched in ('step', 'multistep', 'poly')),
-    (('decay_epochs',), '--sched step, wsd or rsqrt', lambda r: r.sched in ('step', 'wsd', 'rsqrt')),
-    (('min_lr', 'cooldown_epochs'), '--sched cosine, poly, wsd, rsqrt or tanh',
-     lambda r: r.sched in ('cosine', 'poly', 'wsd', 'rsqrt', 'tanh')),
-]
-
-
-def check_effects(recipe: Recipe, given: Iterable[str]) -> None:
-    """Refuse options that were given and do nothing beside the others; a preset may have such values.
-
-    Raises:
-        SystemExit: Names the option and what it needs.
-    """
-    for names, needed, has_it in NEEDS:
-        for name in names:
-            if name in given and getattr(recipe, name) and not has_it(recipe):
-                raise SystemExit(f'--{name.replace("_", "-")} has no effect: it needs {needed}')

@@ -26,7 +26,7 @@ from _loaders import Normalize, eval_transform
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import VALIDATION_SPLITS
 from _record import device_name, read_json
-from _start import find_source, load_network
+from _sources import find_source, load_network
 from _streaming import OwnGroups
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration

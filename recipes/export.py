@@ -35,7 +35,7 @@ from _loaders import Normalize, eval_transform
 from _measure import median_seconds
 from _recipe import VALIDATION_SPLITS, Recipe
 from _record import circumstances, hardware, read_json, sha256, write_json
-from _start import Source, find_source, load_network, origin_of
+from _sources import Source, find_source, load_network, origin_of
 from _stored import STORED
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download

@@ -26,7 +26,7 @@ from _classes import printable
 from _exported import FORMATS, Metadata, Run
 from _images import BadImage, read_file, suffixes
 from _record import write_text
-from _start import find_source, load_network
+from _sources import find_source, load_network
 from timm.data import create_transform
 
 import fmd_timm  # noqa: F401, registers the models

@@ -31,7 +31,8 @@ from _loaders import make_loaders, stay_on_device
 from _loop import train_epochs
 from _measure import count_gmacs, peak_memory_mib, time_inference
 from _output import open_output
-from _recipe import EXECUTION, Recipe, check_recipe
+from _recipe import EXECUTION, Recipe
+from _recipe_checks import check_recipe
 from _record import circumstances, hardware, new_leg, public, read_json, sha256, training_times, write_json
 from _start import (
     check_names,

@@ -19,7 +19,7 @@ def dynamic_cnn(
         pretrained: bool = False,
         pretrained_cfg: dict[str, Any] | None = None,
         static: str = 'resnet18',
-        dynamic: list[dict[str, Any]] | None = None,
+        dynamic: str | list[dict[str, Any]] = 'fmd',
         **kwargs,
 ) -> nn.Module:
     """A network of timm whose convolutions are dynamic.
@@ -28,7 +28,7 @@ def dynamic_cnn(
         pretrained: Load weights: of a folder or a repository that `save_for_hub` wrote.
         pretrained_cfg: Theirs; by default the static network's, without its weights.
         static: The network.
-        dynamic: Which convolutions, see `describe`; those of `make_dynamic` by default, by FMDConv.
+        dynamic: Which convolutions and how, see `swap_convs`.
         **kwargs: For `static`.
     """
     if pretrained_cfg is None:
@@ -39,15 +39,32 @@ def dynamic_cnn(
         feature_cfg=dict(feature_cls='getter'), **kwargs)  # which asks nothing of the static network's structure
 
 
-def _build(static: str, dynamic: list[dict[str, Any]] | None, **kwargs) -> nn.Module:
+def _build(static: str, dynamic: str | list[dict[str, Any]], **kwargs) -> nn.Module:
     model = timm.create_model(static, **kwargs)
-    if dynamic is None:
-        make_dynamic(model)
-    for part in dynamic or ():
-        conv_args = dict(part)
-        method, names = METHODS[conv_args.pop('method')], conv_args.pop('convs')
-        make_dynamic(model, method, filter_fn=lambda name, conv, names=names: name in names, **conv_args)
+    swap_convs(model, dynamic)
     return model
+
+
+def swap_convs(model: nn.Module, dynamic: str | list[dict[str, Any]]) -> None:
+    """`make_dynamic` as `describe` says it, in place.
+
+    Args:
+        model: A CNN.
+        dynamic: A method as in names of models ('cond', 'dy', 'od', 'fmd'), which takes the convolutions that
+            `make_dynamic` chooses. Or a list, with `method`, `convs` (names; those of `make_dynamic` without) and
+            arguments of the layer, such as `num_kernels`, for each way.
+
+    Raises:
+        ValueError: There is no such method or convolution, or `make_dynamic` refuses it.
+        TypeError: The layer has no such argument.
+    """
+    for part in [dict(method=dynamic)] if isinstance(dynamic, str) else dynamic:
+        conv_args = dict(part)
+        method, names = conv_args.pop('method', None), conv_args.pop('convs', None)
+        if method not in METHODS:
+            raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')
+        chosen = None if names is None else lambda name, conv, names=names: name in names
+        make_dynamic(model, METHODS[method], filter_fn=chosen, **conv_args)
 
 
 def describe(model: nn.Module, static_model: nn.Module) -> list[dict[str, Any]]:

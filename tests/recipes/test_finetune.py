@@ -8,6 +8,7 @@ from pathlib import Path
 import _checkpoints
 import _dataset
 import _optim
+import _sources
 import _start
 import _training
 import datasets
@@ -213,6 +214,38 @@ def test_an_inflated_run_keeps_the_preprocessing_and_the_licence_of_its_source(s
     assert f'`{static.name}` (a static `tiny_static`, inflated), sha256 `' in make_card(record, 'acme/letters').text
 
 
+@pytest.mark.parametrize('changes, method, num_kernels', [
+    (dict(model=None), 'FMDConv', 4),
+    (dict(model='dynamic_cnn', model_kwargs=["dynamic=[{'method': 'od', 'num_kernels': 2}]"]), 'ODConv', 2),
+])
+def test_any_network_can_be_inflated_trained_and_loaded_again(
+        changes, method, num_kernels, letters_folder, tmp_path):
+    torch.manual_seed(0)
+    save_for_hub(timm.create_model('test_efficientnet', num_classes=4, act_layer='silu'), tmp_path / 'static')
+    recipe = make_finetune(letters_folder, f'inflated:{tmp_path / "static"}', image_size=32, drop_path=0.1, **changes)
+    record = run(recipe, tmp_path / 'run')
+    assert (record['model'], record['method'], record['init']['architecture']) == (
+        'dynamic_cnn', method, 'test_efficientnet')
+    assert record['model_args']['static'] == 'test_efficientnet' and record['model_args']['act_layer'] == 'silu'
+    loaded = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True)
+    layer = next(module for module in loaded.modules() if isinstance(module, fmd_timm.DynamicConv2d))
+    assert (layer.method, layer.num_kernels) == (method, num_kernels)
+    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['architecture'] == 'dynamic_cnn'
+    go_on = make_finetune(letters_folder, tmp_path / 'run', model='dynamic_cnn', image_size=32, epochs=1)
+    assert run(go_on, tmp_path / 'again')['init']['classifier'] == 'kept'
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (['dynamic=se'], "can not be made dynamic: method must be one of cond, dy, od, fmd, got 'se'"),
+    (["dynamic=[{'method': 'od', 'kernels': 2}]"], "can not be made dynamic: .*unexpected keyword argument 'kernels'"),
+    (['num_kernels=2'], r"--model-kwargs must be dynamic=\.\.\. alone for an inflated dynamic_cnn, got num_kernels=2"),
+])
+def test_how_a_network_cannot_be_made_dynamic_is_named(kwargs, message, static, letters_folder, tmp_path):
+    recipe = make_finetune(letters_folder, f'inflated:{static}', model='dynamic_cnn', model_kwargs=kwargs)
+    with pytest.raises(SystemExit, match=message):
+        run(recipe, tmp_path)
+
+
 @pytest.mark.parametrize('model, source, message', [
     ('resnet18_fmd_cifar', 'static', 'a tiny_static does not become a resnet18_fmd_cifar: layer1.0.conv1.weight is'),
     (tiny.STATIC, 'static', "--model must be a dynamic network for --init .*, got 'tiny_static'"),
@@ -257,8 +290,8 @@ def test_a_registered_tag_is_loaded_at_the_commit_that_was_found(monkeypatch, tm
         asked.append((repo, name, revision))
         return str(tmp_path / 'snapshots' / commit / name)
 
-    monkeypatch.setattr(_start, 'hf_hub_download', download)
-    source = _start.find_source('resnet18.a1_in1k', '--init')
+    monkeypatch.setattr(_sources, 'hf_hub_download', download)
+    source = _sources.find_source('resnet18.a1_in1k', '--init')
     assert asked == [('timm/resnet18.a1_in1k', 'model.safetensors', None)]
     assert (source.name, source.repo, source.revision) == (
         'resnet18.a1_in1k', 'timm/resnet18.a1_in1k', f'commit {commit}')
@@ -364,7 +397,6 @@ def test_the_loss_weighs_each_image_by_its_class(letters_folder, checkpoint, tmp
 
 @pytest.mark.parametrize('change, message', [
     (dict(init=None), '--init must be the weights to start from, or --model a network for random ones, got None'),
-    (dict(init='inflated:resnet18.a1_in1k'), '--model must be the dynamic network to grow out of resnet18.a1_in1k'),
     (dict(init='resnet18.a9'), r"--init must be a folder, hf-hub:owner/name or a model.tag.*'resnet18.a9'.*tag \(a9\)"),
     (dict(init='resnet81'), "got 'resnet81', which is not registered in timm"),
     (dict(init=tiny.NAME), f"got '{tiny.NAME}', which has no weights on the Hub"),

@@ -173,6 +173,14 @@ def test_the_mixed_kernel_of_an_inflated_network_moves_as_the_static_one(method,
     torch.testing.assert_close(kernels[inflated], kernels[static], rtol=1e-4, atol=0.0)
 
 
+def test_the_attention_has_a_learning_rate_of_its_own():
+    network = timm.create_model(tiny.NAME)
+    groups = _optim.make_optimizer(Recipe(attention_lr_scale=0.1, head_lr_scale=3.0), network).param_groups
+    scales = {id(parameter): group['lr_scale'] for group in groups for parameter in group['params']}
+    for name, parameter in network.named_parameters():
+        assert scales[id(parameter)] == (0.1 if '.attention.' in name else 3.0 if name.startswith('fc') else 1.0)
+
+
 def mixed_kernel(conv, shares=None):
     """As the attention of an inflated network mixes it at the start."""
     if not isinstance(conv, DynamicConv2d):

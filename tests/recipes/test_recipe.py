@@ -9,7 +9,8 @@ import _arguments
 import pytest
 from _arguments import parse_train
 from _presets import PRESETS
-from _recipe import Recipe, check_recipe
+from _recipe import Recipe
+from _recipe_checks import check_recipe
 
 README = Path(__file__).parents[2] / 'README.md'
 
@@ -42,6 +43,10 @@ README = Path(__file__).parents[2] / 'README.md'
     (['--temperature', '1e300'], r'--temperature must be positive and finite in float32, got 1e\+300'),
     (['--weight-decay', '1e308'], r'--weight-decay must be between 0 and 1, got 1e\+308'),
     (['--dataset', ''], "--dataset must be 'digits', a folder or a dataset id on the Hub, got ''"),
+    (['--attention-lr-scale', '0'], '--attention-lr-scale must be positive and finite in float32, got 0.0'),
+    (['--model-kwargs', 'num_kernels'], '--model-kwargs must be NAME=VALUE ..., got num_kernels'),
+    (['--model-kwargs', 'num_kernels=2', 'num_classes=3'], '--model-kwargs must be without num_classes, which the '
+     'dataset says, got num_kernels=2 num_classes=3'),
     (['--comm-hook', 'int8'], "--comm-hook must be one of bf16, fp16, got 'int8'"),
 ])
 def test_values_that_cannot_work_are_refused(options, message):
@@ -60,6 +65,7 @@ def test_values_that_cannot_work_are_refused(options, message):
     (['--decay-rate', '0.5'], '--sched step, multistep or poly'),
     (['--decay-epochs', '2'], '--sched step, wsd or rsqrt'),
     (['--sched', 'step', '--min-lr', '0.01'], '--sched cosine, poly, wsd, rsqrt or tanh'),
+    (['--init', 'resnet18.a1_in1k', '--model-kwargs', 'num_kernels=2'], '--model without --init'),
     (['--init', 'resnet18.a1_in1k', '--annealed-by', '0.2'], '--temperature'),
 ])
 def test_options_without_effect_are_refused_where_they_are_given(options, needed):

@@ -19,7 +19,7 @@ import pytest
 import tiny
 import torch
 import train
-from _recipe import check_recipe
+from _recipe_checks import check_recipe
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState

@@ -23,7 +23,8 @@ import tiny
 import torch
 import train
 from _presets import PRESETS
-from _recipe import Recipe, check_recipe
+from _recipe import Recipe
+from _recipe_checks import check_recipe
 from accelerate.state import AcceleratorState
 from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import load_file

@@ -170,6 +170,13 @@ def test_what_is_dropped_is_of_training_alone(digits_folder, tmp_path, steps):
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True).drop_rate == 0.0
 
 
+def test_arguments_of_the_network_are_those_of_the_recipe(digits_folder, tmp_path):
+    record = run(make_recipe(digits_folder, epochs=1, model_kwargs=['num_kernels=2', 'act_layer=silu']), tmp_path)
+    assert record['model_args'] == dict(num_kernels=2, act_layer='silu')
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert loaded.layer1[0].conv1.num_kernels == 2 and isinstance(loaded.act1, torch.nn.SiLU)
+
+
 def test_few_images_for_the_attentions_statistics_are_said(digits_folder, tmp_path, capsys):
     for accumulate, said in (1, False), (2, True):
         AcceleratorState._reset_state(reset_partial_state=True)

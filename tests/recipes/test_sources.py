@@ -1,4 +1,4 @@
-"""recipes/_start.py: weights are fetched from the Hub, as safetensors only, and what fails is named."""
+"""recipes/_sources.py: weights are fetched from the Hub, as safetensors only, and what fails is named."""
 import io
 import json
 import socket
@@ -7,7 +7,7 @@ import time
 import pytest
 import timm
 import torch
-from _start import find_source, load_network
+from _sources import find_source, load_network
 from hub_server import Commit, Repo
 from inputs import make_run
 
