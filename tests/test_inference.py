@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from safetensors.torch import load, save
 from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch._subclasses import FakeTensorMode
@@ -313,6 +314,131 @@ def test_features_of_a_prepared_network():
     with torch.no_grad():
         for feature, expected in zip(prepare_for_inference(model)(x), model(x), strict=True):
             torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
+
+
+def make_integers(model, **kwargs):
+    return prepare_for_inference(model, kernel_dtype=torch.int16, **kwargs)
+
+
+def kernels_of(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, PreparedConv2d)}
+
+
+@pytest.mark.parametrize('args', [dict(), dict(bias=True), dict(groups=2), dict(num_kernels=1)], ids=str)
+@pytest.mark.parametrize('layer', METHODS)
+def test_kernels_of_int16_give_the_same(layer, args, way):
+    torch.manual_seed(0)
+    net = randomize(nn.Sequential(layer(32, 64, 3, padding=1, **dict(dict(bias=False), **args)), nn.BatchNorm2d(64)))
+    for batch in 1, 3:
+        assert_same(make_integers(net), net, torch.randn(batch, 32, 9, 7), 1e-4)
+
+
+@pytest.mark.parametrize('name', ['resnet50_fmd', 'mobilenetv3_small_100_fmd'])
+def test_networks_with_kernels_of_int16(name, way):
+    model = make_model(name)
+    assert_same(make_integers(model), model, make_images(), 1e-4)
+
+
+def test_kernels_of_int16_take_half_the_bytes(way):
+    model = make_model()
+    sizes = []
+    for prepared in prepare_for_inference(model, inplace=False, example_input=make_images(1)), make_integers(
+            model, example_input=make_images(1)):
+        layers = kernels_of(prepared).values()
+        copies = [layer._made.layer and layer._made.layer.bank for layer in layers]
+        sizes.append([sum(t.nbytes for t in tensors if t is not None) for tensors in (
+            (layer.weight for layer in layers), copies)])
+    assert sizes[0] == [2 * size for size in sizes[1]]
+
+
+@pytest.mark.parametrize('size', [0, 1e-42, 1e-30, 1e-6, 1e6, 1e30])
+def test_kernels_of_any_size_have_the_whole_range_of_int16(size, way):
+    """A folded BatchNorm may leave any; float16 would overflow or have nothing left of it."""
+    net = randomize(nn.Sequential(FMDConv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32)))
+    with torch.no_grad():
+        net[0].weight.unflatten(0, (4, -1))[:, 7] *= size / net[1].weight[7]
+        net[1].bias.zero_()
+        net[1].running_mean.zero_()
+        x = torch.randn(2, 16, 9, 9)
+        y, expected = make_integers(net)(x), copy.deepcopy(net).double()(x.double())
+    for channel in 6, 7, 8:
+        error, largest = ((y - expected)[:, channel].abs().max()).item(), expected[:, channel].abs().max().item()
+        assert error <= max(1e-4 * largest, 1e-38)
+
+
+@pytest.mark.parametrize('value', [float('inf'), float('nan')])
+def test_kernels_that_are_not_finite_can_not_be_integers(value):
+    model = make_model()
+    with torch.no_grad():
+        model.layer2[0].conv1.weight[3, 0, 0, 0] = value
+    with pytest.raises(ValueError, match='layer2.0.conv1: its kernels must be finite to be kept as int16'):
+        make_integers(model)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.int8, 'int16'])
+def test_kernels_of_another_dtype_are_refused(dtype):
+    with pytest.raises(ValueError, match=f'kernel_dtype must be torch.int16 or None, got {dtype}'):
+        prepare_for_inference(make_model(), kernel_dtype=dtype)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_kernels_of_int16_in_networks_of_other_dtypes(dtype, tolerance):
+    """Made of such a network, and made such afterwards."""
+    model, x = make_model(), make_images(2)
+    expected = model(x).double()
+    for prepared in make_integers(copy.deepcopy(model).to(dtype)), make_integers(model).to(dtype):
+        assert all(layer.weight.dtype == torch.int16 for layer in kernels_of(prepared).values())
+        with torch.no_grad():
+            y = prepared(x.to(dtype)).double()
+        assert ((y - expected).abs().max() / expected.abs().max()).item() < tolerance
+
+
+def test_kernels_of_int16_are_copied_saved_and_loaded(way):
+    model, other = make_model(), randomize(make_model())
+    prepared = make_integers(model)
+    assert_same(prepared, model, make_images(1), 1e-4)
+    for clone in copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared)):
+        assert_same(clone, model, make_images(1), 1e-4)
+    saved = save({name: t.contiguous() for name, t in make_integers(other).state_dict().items()})
+    prepared.load_state_dict(load(saved))
+    assert_same(prepared, other, make_images(1), 1e-4)
+    for there, here in (prepared, prepare_for_inference(model)), (prepare_for_inference(model), prepared):
+        with pytest.raises(RuntimeError, match='layer1.0.conv1.scale'):
+            here.load_state_dict(there.state_dict())
+
+
+def test_kernels_of_int16_are_seen_to_change(way):
+    model = make_model()
+    prepared, x = make_integers(model), make_images(1)
+    assert_same(prepared, model, x, 1e-4)
+    with torch.no_grad():
+        for name, layer in kernels_of(prepared).items():
+            layer.scale *= 2
+            layer.weight.copy_(layer.weight.flip(0, 1))
+            conv = model.get_submodule(name)
+            conv.weight.copy_(2 * conv.weight)
+    fresh = copy.deepcopy(prepared)  # which holds nothing of what was
+    assert_same(prepared, fresh, x)
+    with pytest.raises(AssertionError, match='relative error'):
+        assert_same(prepared, model, x, 1e-4)
+
+
+def test_kernels_of_int16_compiled_exported_and_differentiated():
+    torch.manual_seed(0)
+    model = randomize(nn.Sequential(FMDConv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32), ODConv2d(32, 8, 3)))
+    prepared, x = make_integers(model), torch.randn(2, 16, 9, 9)
+    batch = torch.export.Dim('batch')
+    program = torch.export.export(prepared, (torch.randn(3, 16, 9, 9),), dynamic_shapes=({0: batch},))
+    assert_same(program.module(), model, x, 1e-4)
+    with torch.no_grad():
+        assert_same(torch.compile(prepared, fullgraph=True, dynamic=True, backend='aot_eager'), model, x, 1e-4)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert_same(prepared, model, x, 5e-2)
+    gradients = []
+    for network in model, prepared:
+        image = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(network(image).square().sum(), image)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('change', ['copy_', 'data', 'mul_', 'attention'])

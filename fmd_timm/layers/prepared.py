@@ -16,9 +16,12 @@ from ..ops import c_conv, dynamic_conv2d, mixed_bias
 from ..ops.case import Attention, case_of
 from ..ops.fastest import fastest
 from ..ops.operator import algorithms, check, convolve, is_plain
+from .attention import at_least_float32
 from .folded import norm_as_affine
 
 __all__ = ['PreparedConv2d']
+
+LARGEST = torch.iinfo(torch.int16).max
 
 TIMED_SIZES = 8  # of images, per layer: in a service that gets images of every size, each would be slow the first time
 
@@ -41,24 +44,31 @@ class PreparedConv2d(nn.Module):
     Args:
         conv: The `DynamicConv2d`, whose attention becomes this one's.
         norm: The BatchNorm in evaluation mode, if there is one.
+        kernel_dtype: torch.int16 to keep the K kernels as integers, which `scale`, the largest number of each output
+            channel, makes floats of again; a single kernel stays as it is. None keeps them as they are.
 
     Raises:
-        ValueError: The attention of the layer was replaced, by quantization for instance.
+        ValueError: The attention of the layer was replaced, by quantization for instance; the kernels are to be
+            integers and are not finite.
     """
 
-    def __init__(self, conv: nn.Module, norm: nn.BatchNorm2d | None = None):
+    def __init__(
+            self, conv: nn.Module, norm: nn.BatchNorm2d | None = None, kernel_dtype: torch.dtype | None = None):
         super().__init__()
         self.num_kernels = conv.num_kernels
         self.kernel_size, self.tf_same_padding = conv.kernel_size, conv.tf_same_padding
         self.conv_args = conv.stride, conv.padding, conv.dilation, conv.groups
-        weight, bias, self.shift = conv.weight.detach(), conv.bias, None
+        weight, bias, self.scale, self.shift = conv.weight.detach(), conv.bias, None, None
         if norm is not None:
             scale, shift = norm_as_affine(norm)
             self.shift = nn.Parameter(shift)
             scale = scale.repeat(conv.num_kernels)
             weight = weight * scale[:, None, None, None]
             bias = None if bias is None else bias * scale
-        self.weight = nn.Parameter(weight)
+        if kernel_dtype is not None and self.num_kernels > 1:
+            weight, scale = _as_integers(weight, self.num_kernels)
+            self.scale = nn.Parameter(scale)
+        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         self.attention = conv.attention.fold()
         self._made: _Made | None = None
@@ -82,31 +92,45 @@ class PreparedConv2d(nn.Module):
     def _is_plain(self, x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
         """Whether its own ways are open: on the CPU, where changes of the parameters are seen."""
         return (
-            x.dtype == self.weight.dtype in (torch.float32, torch.float64) and x.device.type == 'cpu' and x.ndim == 4
+            x.dtype == self._dtype in (torch.float32, torch.float64) and x.device.type == 'cpu' and x.ndim == 4
             and x.numel() > 0 and is_plain(x, *parameters) and not self.weight.is_inference()
         )
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return (self.weight if self.scale is None else self.scale).dtype
+
     def _by_operator(self, x: Tensor) -> Tensor:
-        attention = self.attention(x)
-        y = dynamic_conv2d(self._padded(x), self.weight, *attention, self.bias, *self.conv_args)
+        attention, weight = self.attention(x), self.weight
+        if self.scale is not None:
+            scale = (at_least_float32(self.scale) / LARGEST).repeat(self.num_kernels)
+            weight = (weight * scale[:, None, None, None]).to(self.scale.dtype)
+        y = dynamic_conv2d(self._padded(x), weight, *attention, self.bias, *self.conv_args)
         return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
 
     def _by(self, algorithm: ModuleType, x: Tensor, layer: c_conv.Layer | None) -> Tensor:
         if algorithm is c_conv:
             return layer(x)
         attention = Attention(*(self.attention(x) if layer is None else layer.attend(x)))
-        y = convolve(self._padded(x), self.weight, attention, *self.conv_args, algorithm)
+        y = convolve(self._padded(x), self.weight, self._scaled(attention), *self.conv_args, algorithm)
         if self.bias is not None:
             y += mixed_bias(self.bias, attention.kernel_attn, attention.out_attn)[:, :, None, None]
         return y if self.shift is None else y.add_(self.shift[:, None, None])
+
+    def _scaled(self, attention: Attention) -> Attention:
+        """The attention for kernels as they are kept."""
+        if self.scale is None:
+            return attention
+        scale = (self.scale / LARGEST).expand(len(attention.kernel_attn), -1)
+        return attention._replace(out_attn=scale if attention.out_attn is None else scale * attention.out_attn)
 
     def _fastest(self, x: Tensor, made: '_Made') -> ModuleType:
         """The algorithm for images of this size; that of C stands for attention and convolution in one call."""
         *_, groups = self.conv_args
         if x.shape[1] != groups * self.weight.shape[1]:
             raise ValueError(f'x must have shape (B, {groups * self.weight.shape[1]}, H, W), got {tuple(x.shape)}')
-        padded, attention = self._padded(x), Attention(*self.attention(x))
-        check(padded, self.weight, attention, *self.conv_args)
+        padded, attention = self._padded(x), self._scaled(Attention(*self.attention(x)))
+        check(padded, x.new_empty(1).expand(self.weight.shape), attention, *self.conv_args)
         case = case_of(padded, self.weight, attention, *self.conv_args)
         case = case._replace(channels_last=True, weight_channels_last=True)  # C copies what is laid out otherwise
         in_c = made.layer is not None and made.layer.convolves
@@ -118,7 +142,7 @@ class PreparedConv2d(nn.Module):
     def _in_c(self) -> c_conv.Layer | None:
         """The attention in C, and the convolution too unless it has a bias or TensorFlow's padding."""
         attention = self.attention
-        if attention.kernel_weight is None or self.weight.dtype != torch.float32 or not c_conv.is_available():
+        if attention.kernel_weight is None or self._dtype != torch.float32 or not c_conv.is_available():
             return None
         maps = [None if weight is None else (weight, bias) for weight, bias in (
             (attention.squeeze_weight, attention.squeeze_bias), (attention.gates_weight, attention.gates_bias),
@@ -129,7 +153,8 @@ class PreparedConv2d(nn.Module):
             and c_conv.takes(self.weight, self.num_kernels))
         return c_conv.Layer(
             *maps, attention.competes, attention.gate_sizes, groups * self.weight.shape[1],
-            self.weight if is_convolved else None, self.shift, *pairs)
+            self.weight if is_convolved else None, None if self.scale is None else self.scale / LARGEST, self.shift,
+            *pairs)
 
     def _padded(self, x: Tensor) -> Tensor:
         stride, _, dilation, _ = self.conv_args
@@ -145,3 +170,17 @@ class PreparedConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f'num_kernels={self.num_kernels}, kernel_size={self.kernel_size}, stride={self.conv_args[0]}'
+
+
+def _as_integers(weight: Tensor, num_kernels: int) -> tuple[Tensor, Tensor]:
+    """The kernels (K * O, I, kh, kw) as int16, and the largest magnitude of each output channel (O,).
+
+    A channel has its whole range whatever its size, of which folded BatchNorms leave any: float16 would overflow, or
+    round small ones more.
+    """
+    largest = weight.detach().unflatten(0, (num_kernels, -1)).abs().amax((0, 2, 3, 4))
+    if not largest.isfinite().all():
+        raise ValueError('its kernels must be finite to be kept as int16')
+    smallest = torch.finfo(torch.float32).tiny  # a channel of zeros stays one
+    of_rows = at_least_float32(largest).clamp(min=smallest).repeat(num_kernels)[:, None, None, None]
+    return (weight / of_rows * LARGEST).round().to(torch.int16), largest

@@ -31,6 +31,7 @@ enum { MAX_KERNELS = 32, SQUARE = 16, IMAGES = 4 };
 // Where the gates of a layer are in an array.
 enum { IN, OUT, TAP, GATES };
 typedef float vec __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
+typedef int lanes __attribute__((vector_size(WIDTH * 4), aligned(4), may_alias));
 
 typedef struct {
     const float *weight, *bias;  // (outputs, inputs) and (outputs)
@@ -60,7 +61,8 @@ typedef struct {
     const Conv *conv;
     const float *x;       // (B, H, W, I)
     const float *weight;  // the kernels as PyTorch has them (K, O, taps, I), or null
-    const float *bank;    // the kernels laid out to be read faster (O / O_BLOCK, taps, I, K, O_BLOCK), or null
+    const void *bank;     // the kernels laid out to be read faster (O / O_BLOCK, taps, I, K, O_BLOCK), or null
+    const float *scale;   // (O): the bank is of int16, and times this the kernels; null: it is the kernels
     const float *shift;   // (O) or null
     float *kernel_attn, *gates[GATES];  // (B, K); (B, I), (B, O), (B, taps), null is 1 everywhere
     float *pooled, *squeezed;           // memory for the attention: (B, I), (B, outputs of squeeze)
@@ -180,28 +182,31 @@ static void pad(const Call *c, long row) {
 
 // A panel of the K kernels: n rows (input channels of one tap) by O_BLOCK output channels.
 typedef struct {
-    const float *first;
+    const void *first;
     const char *next;      // where the next panel is in memory
     long kernel, channel;  // distance from one kernel and output channel to the next; 0 in a bank, which has no gaps
-    long n;
+    long n, runs;          // of the latter the next panel has as many (see `Run`)
 } Source;
 
 static Source source(const Call *c, long o, long start, long n) {
     const Conv *conv = c->conv;
     long R = conv->taps[0] * conv->taps[1] * conv->in_channels, K = conv->num_kernels;
-    Source s = {.n = n};
+    Source s = {.n = n, .runs = 2 * K};
     if (c->bank) {
-        s.first = c->bank + (o * R + start * O_BLOCK) * K;
-        s.next = (const char *)(s.first + n * K * O_BLOCK);
+        long bytes = K * O_BLOCK * (c->scale ? sizeof(short) : sizeof(float));  // of a row
+        s.first = (const char *)c->bank + (o / O_BLOCK * R + start) * bytes;
+        s.next = (const char *)s.first + n * bytes;
+        s.runs = bytes / LINE;
     } else {
-        s.first = c->weight + o * R + start;
-        s.next = (const char *)(s.first + n + (start + n == R ? (O_BLOCK - 1) * R : 0));
+        const float *first = c->weight + o * R + start;
+        s.first = first;
+        s.next = (const char *)(first + n + (start + n == R ? (O_BLOCK - 1) * R : 0));
         s.kernel = conv->out_channels * R, s.channel = R;
     }
     return s;
 }
 
-// n of the lines of the next panel, to be fetched into the L2 cache. A panel is 2 * K such runs.
+// n of the lines of the next panel, to be fetched into the L2 cache. A panel of float32 is 2 * K such runs.
 typedef struct {
     const char *line;      // null: nothing is to be fetched
     long length, gap;      // the lines lie together in pieces of `length` bytes, with `gap` bytes between them
@@ -219,12 +224,34 @@ static void mix_bank(
         const Source *s, const float *shares, const float *in_attn, float gate, long K, long unread, float *panel) {
     const char *next = s->next + unread * s->n * LINE;
     for (long r = 0; r < s->n; r++) {
-        for (long number = unread; number < 2 * K; number++, next += LINE) __builtin_prefetch(next, 0, 2);
+        for (long number = unread; number < s->runs; number++, next += LINE) __builtin_prefetch(next, 0, 2);
         for (long o = 0; o < O_BLOCK; o += WIDTH) {
-            const float *bank = s->first + r * K * O_BLOCK + o;
+            const float *bank = (const float *)s->first + r * K * O_BLOCK + o;
             vec sum = shares[0] * *(const vec *)bank;
             for (long k = 1; k < K; k++) sum += shares[k] * *(const vec *)(bank + k * O_BLOCK);
             *(vec *)(panel + r * O_BLOCK + o) = sum * (in_attn ? in_attn[r] * gate : gate);
+        }
+    }
+}
+
+// The same of a bank of int16: a lane of 32 bits has those of output channels o and o + O_BLOCK / 2. Any processor makes
+// floats of them in three operations.
+static void mix_integers(
+        const Source *s, const float *shares, const float *in_attn, float gate, long K, long unread, float *panel) {
+    const char *next = s->next + unread * s->n * LINE;
+    for (long r = 0; r < s->n; r++) {
+        for (long number = unread; number < s->runs; number++, next += LINE) __builtin_prefetch(next, 0, 2);
+        float factor = in_attn ? in_attn[r] * gate : gate;
+        for (long o = 0; o < O_BLOCK / 2; o += WIDTH) {
+            const int *bank = (const int *)s->first + r * K * (O_BLOCK / 2) + o;
+            vec low = {0}, high = {0};
+            for (long k = 0; k < K; k++, bank += O_BLOCK / 2) {
+                lanes pairs = *(const lanes *)bank;
+                low += shares[k] * __builtin_convertvector(pairs << 16 >> 16, vec);
+                high += shares[k] * __builtin_convertvector(pairs >> 16, vec);
+            }
+            *(vec *)(panel + r * O_BLOCK + o) = low * factor;
+            *(vec *)(panel + r * O_BLOCK + O_BLOCK / 2 + o) = high * factor;
         }
     }
 }
@@ -257,7 +284,7 @@ static void mix_rows(
         for (long r = 0; r < s->n; r += WIDTH) {
             vec square[WIDTH], gates = in_attn ? *(const vec *)(in_attn + r) * gate : gate - (vec){0};
             for (int l = 0; l < WIDTH; l++) {
-                const float *weight = s->first + (o + l) * s->channel + r;
+                const float *weight = (const float *)s->first + (o + l) * s->channel + r;
                 vec sum = {0};
                 for (long k = 0; k < K; k++, weight += s->kernel) {
                     sum += shares[k] * *(const vec *)weight;
@@ -326,7 +353,7 @@ static void multiply(const Call *c, long o, long first_row, long last_row) {
     long I = conv->in_channels, O = conv->out_channels, K = conv->num_kernels;
     long height = conv->out_size[0], width = conv->out_size[1], parts = (width + PIXELS - 1) / PIXELS;
     long taps = conv->taps[0] * conv->taps[1], R = taps * I, step = conv->stride[1] * conv->columns;
-    float panel[R_PANEL * O_BLOCK] __attribute__((aligned(LINE)));
+    float panel[R_PANEL * O_BLOCK] __attribute__((aligned(LINE))), scale[O_BLOCK];
     for (long start = 0, n; start < R; start += n) {
         long channel = start % I, tap = start / I;
         n = I - channel < R_PANEL ? I - channel : R_PANEL;
@@ -341,20 +368,22 @@ static void multiply(const Call *c, long o, long first_row, long last_row) {
             long begin = image * height, end = begin + height;
             const float *in_attn = c->gates[IN] ? c->gates[IN] + image * I + channel : 0;
             float gate = c->gates[TAP] ? c->gates[TAP][image * taps + tap] : 1;
-            (c->bank ? mix_bank : mix_rows)(
-                &s, c->kernel_attn + image * K, in_attn, gate, K, call ? 2 * K : calls, panel);
+            (c->scale ? mix_integers : c->bank ? mix_bank : mix_rows)(
+                &s, c->kernel_attn + image * K, in_attn, gate, K, call ? s.runs : calls, panel);
+            for (long l = 0; l < O_BLOCK && is_last; l++)
+                scale[l] = (c->gates[OUT] ? c->gates[OUT][image * O + o + l] : 1) * (c->scale ? c->scale[o + l] : 1);
             const float *x = c->padded + ((image * conv->rows + i) * I + channel) * step
                 + j % conv->stride[1] * conv->columns + j / conv->stride[1];
             for (long to = o; to < o + O_BLOCK; to += VECTORS * WIDTH) {
                 t.panel = panel + to - o;
-                t.scale = is_last && c->gates[OUT] ? c->gates[OUT] + image * O + to : ones;
+                t.scale = is_last ? scale + to - o : ones;
                 t.shift = is_last && c->shift ? c->shift + to : zeros;
                 for (long row = first_row > begin ? first_row : begin; row < last_row && row < end; row++)
                     for (long part = 0; part < parts; part++, call++) {
                         long column = part * width / parts, pixels = (part + 1) * width / parts - column;
                         t.x = x + (row - begin) * conv->stride[0] * I * step + column;
                         t.y = c->y + (row * width + column) * O + to;
-                        t.ahead = call < 2 * K ? run(&s, call) : (Run){0};
+                        t.ahead = call < s.runs ? run(&s, call) : (Run){0};
                         tiles[pixels](&t);
                     }
             }
@@ -443,7 +472,7 @@ static void image_gradient(const Backward *c, long i, long first, long last) {
             for (long image = first; image < last; image++) {
                 const float *out_attn = c->gates[OUT] ? c->gates[OUT] + image * O + o : 0;
                 float gate = c->gates[TAP] ? c->gates[TAP][image * taps + tap] : 1;
-                mix_bank(&s, c->kernel_attn + image * K, out_attn, gate, K, 2 * K, panel);
+                mix_bank(&s, c->kernel_attn + image * K, out_attn, gate, K, 0, panel);
                 for (long to = 0; to < O_BLOCK; to += VECTORS * WIDTH)
                     for (long row = 0; row < down.n; row++)
                         for (long part = 0; part < parts; part++, call++) {

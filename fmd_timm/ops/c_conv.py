@@ -25,6 +25,7 @@ __all__ = ['Layer', 'backward', 'differentiates', 'forward', 'is_available', 'su
 
 O_BLOCK, WIDTH = 32, 16  # output channels of a block and floats of the widest vector in c_conv.c
 SQUARE, MAX_KERNELS = 16, 32  # input channels at a time and most kernels of a backward pass there
+DTYPES = torch.float32, torch.int16  # of kernels
 SMALL = 2**20  # numbers of a padded image that any machine has room for
 
 Map = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
@@ -36,9 +37,9 @@ def is_available() -> bool:
 
 
 def supports(case: Case) -> bool:
-    """Whether C computes it, from images and kernels as they lie in memory."""
+    """Whether C computes it, from images and kernels as they lie in memory; kernels of int16 in a `Layer` alone."""
     return (
-        case.device.type == 'cpu' and case.dtype == case.weight_dtype == torch.float32 and case.groups == 1
+        case.device.type == 'cpu' and case.dtype == torch.float32 and case.weight_dtype in DTYPES and case.groups == 1
         and _fits(case.num_kernels, case.in_channels, case.out_channels)
         and (case.channels_last or case.image_size == (1, 1))
         and (case.weight_channels_last or case.kernel_size == (1, 1))
@@ -53,7 +54,7 @@ def differentiates(case: Case) -> bool:
 
 def takes(weight: Tensor, num_kernels: int) -> bool:
     """Whether kernels (K * O, I, kh, kw) are of a form that `Layer` takes."""
-    return weight.dtype == torch.float32 and weight.device.type == 'cpu' and _fits(
+    return weight.dtype in DTYPES and weight.device.type == 'cpu' and _fits(
         num_kernels, weight.shape[1], len(weight) // num_kernels)
 
 
@@ -63,6 +64,7 @@ def _fits(num_kernels: int, in_channels: int, out_channels: int) -> bool:
 
 def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tensor:
     """The result (B, O, H', W'), channels_last, for images x (B, I, H, W) and kernels (K * O, I, kh, kw)."""
+    assert weight.dtype == torch.float32
     conv = _conv_of(case)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     y, padded = x.new_empty(case.batch, *conv.out_size, case.out_channels), _padded(x, conv)
@@ -101,6 +103,7 @@ class Layer:
     Args:
         in_channels: I.
         weight: The kernels (K * O, I, kh, kw), which are copied to be read faster; None for the attention alone.
+        scale: What kernels of int16 are multiplied with (O,); None for those of float32.
         shift: Added in the end (O,), or None.
         stride: Vertical and horizontal, as are `padding` and `dilation`.
 
@@ -111,7 +114,7 @@ class Layer:
 
     def __init__(
             self, squeeze: Map | None, gates: Map | None, kernel: Map, competes: bool, gate_sizes: list[int],
-            in_channels: int, weight: Tensor | None, shift: Tensor | None,
+            in_channels: int, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None,
             stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
     ):
         # Aliases: their memory stays even if a parameter is given another.
@@ -121,11 +124,11 @@ class Layer:
         of_gates = [None] * 3 if gates is None else zip(*(t.split(gate_sizes) for t in gates))
         self.maps = Maps(_linear(squeeze), tuple(map(_linear, of_gates)), _linear(kernel), competes)
         self.tensors = squeeze, gates, kernel  # as long as `maps` points into them
-        self.convolves, self.bank, self.shift = weight is not None, None, None
+        self.convolves, self.bank = weight is not None, None
+        self.scale, self.shift = (None if t is None else t.detach().float().contiguous() for t in (scale, shift))
         num_kernels, out_channels, kernel_size = len(kernel[1]), 0, (1, 1)
         if self.convolves:
             self.bank = _bank(weight.detach(), num_kernels)
-            self.shift = None if shift is None else shift.detach().float().contiguous()
             out_channels, kernel_size = len(weight) // num_kernels, tuple(weight.shape[2:])
         self.sizes = in_channels, out_channels, num_kernels, kernel_size, *map(tuple, (stride, padding, dilation))
         # Numbers for each image: the attention, the means of the channels, the squeezed features.
@@ -167,8 +170,8 @@ class Layer:
         starts = accumulate((len(x) * size * x.element_size() for size in self.parts), initial=memory.data_ptr())
         kernel_attn, *gates, pooled, squeezed = (start if size else None for size, start in zip(self.parts, starts))
         library().fmd_timm_run(Call(
-            addressof(self.maps), addressof(conv), _start(x), None, _start(self.bank), _start(self.shift), kernel_attn,
-            tuple(gates), pooled, squeezed, _start(padded), _start(y), len(x), torch.get_num_threads()))
+            addressof(self.maps), addressof(conv), _start(x), None, *map(_start, (self.bank, self.scale, self.shift)),
+            kernel_attn, tuple(gates), pooled, squeezed, _start(padded), _start(y), len(x), torch.get_num_threads()))
 
 
 def _start(t: Tensor | None) -> int | None:
@@ -217,7 +220,9 @@ def _conv(
 def _bank(weight: Tensor, num_kernels: int) -> Tensor:
     """The K kernels (K * O, I, kh, kw) as they are read: a bank (O / O_BLOCK, kh * kw * I, K, O_BLOCK)"""
     rows = weight.permute(0, 2, 3, 1).reshape(num_kernels, -1, O_BLOCK, weight[0].numel()).permute(1, 3, 0, 2)
-    memory = mmap.mmap(-1, 4 * weight.numel(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if weight.dtype == torch.int16:
+        rows = rows.unflatten(3, (2, -1)).mT  # the two halves of a block are the two halves of 32 bits
+    memory = mmap.mmap(-1, weight.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a Linux without huge pages, by which ResNet-18 takes 1 to 2 % longer
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(rows.shape).copy_(rows)
+    return torch.frombuffer(memory, dtype=weight.dtype).view(rows.shape).copy_(rows)

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = ['Backward', 'Call', 'Conv', 'Linear', 'Maps', 'library']
@@ -58,7 +59,7 @@ class Conv(ctypes.Structure):
 
 class Call(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_void_p, 'maps conv x weight bank shift kernel_attn'), ('gates', ctypes.c_void_p * 3),
+        *_fields(ctypes.c_void_p, 'maps conv x weight bank scale shift kernel_attn'), ('gates', ctypes.c_void_p * 3),
         *_fields(ctypes.c_void_p, 'pooled squeezed padded y'), *_fields(ctypes.c_long, 'batch threads')]
 
 
@@ -184,15 +185,20 @@ def _test_inputs() -> tuple[list[ctypes.Array], list[ctypes.Array]]:
 
 
 def _self_test(file: str) -> None:
-    """Attention and convolution of two small images, in both layouts of kernels, and their gradients.
+    """Attention and convolution of two small images, in all layouts of kernels, and their gradients.
 
     The result is linear in the images and in the kernels: each of them times its gradient is the result times its own.
     """
     B, K, I, O, H, W, hidden, taps = 2, 3, 32, 32, 3, 4, 5, 9
     tested, ((x, weight, shift, grad_y), linear) = _load(Path(file)), _test_inputs()
-    bank = type(weight)(*(
-        weight[((k * O + o) * taps + t) * I + i]
-        for t in range(taps) for i in range(I) for k in range(K) for o in range(O)))
+
+    def laid_out(channels: Sequence[int]) -> list[float]:
+        rows = itertools.product(range(taps), range(I), range(K), channels)
+        return [weight[((k * O + o) * taps + t) * I + i] for t, i, k, o in rows]
+
+    bank = type(weight)(*laid_out(range(O)))
+    paired = laid_out([o for pair in zip(range(16), range(16, O)) for o in pair])
+    integers, scale = (ctypes.c_int16 * len(bank))(*(round(2**14 * w) for w in paired)), type(shift)(*[2**-14] * O)
     squeeze, *gates, kernel = (
         Linear(*map(ctypes.addressof, pair), len(pair[1]), len(pair[0]) // len(pair[1]))
         for pair in zip(linear[::2], linear[1::2]))
@@ -209,7 +215,8 @@ def _self_test(file: str) -> None:
 
     kernel_attn, *attn, pooled, squeezed = map(ctypes.addressof, memory)
     pointers = dict(conv=conv, x=x, padded=padded, y=y)
-    for more in dict(maps=maps, bank=bank, shift=shift), dict(weight=weight), dict(weight=weight, shift=shift):
+    of_layer = dict(maps=maps, bank=bank, shift=shift), dict(maps=maps, bank=integers, scale=scale, shift=shift)
+    for more in *of_layer, dict(weight=weight), dict(weight=weight, shift=shift):
         tested.fmd_timm_run(Call(
             **{name: ctypes.addressof(t) for name, t in {**pointers, **more}.items()}, kernel_attn=kernel_attn,
             gates=tuple(attn), pooled=pooled, squeezed=squeezed, batch=B, threads=2))

@@ -41,7 +41,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
     kernel_attn, bank = bank_of(weight, attention, case)  # (B, K), (K, O, R)
     y = x.new_empty((case.batch, case.out_pixels, case.out_channels) if last else (
         case.batch, case.out_channels, case.out_pixels))
-    tiles, memory = _tiles(case, bank, 4 * cache_bytes(), bank.dtype)
+    tiles, memory = _tiles(case, bank, 4 * cache_bytes(), kernel_attn.dtype)
     for tile in tiles:
         kernels = mix(kernel_attn, bank[:, tile], memory).to(x.dtype)  # (B, o, R)
         matrices = (patches, kernels.mT) if last else (kernels, patches.mT)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .case import Attention, Case, is_channels_last
 
+CONVERTED = 2**16  # integers of each kernel that are floats at a time: they stay in the cache
+
 
 def gated(x: Tensor, attn: Tensor | None) -> Tensor:
     """Images (B, C, H, W) times a factor (B, C) of each channel."""
@@ -32,10 +34,16 @@ def kernel_rows(weight: Tensor, num_kernels: int) -> Tensor:
 def mix(kernel_attn: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
     """kernel_attn (b, K), rows of the kernels (K, o, R) -> mixed kernels (b, o, R) in `memory`
 
-    To allocate memory each time would cost more than the mixing.
+    To allocate memory each time would cost more than the mixing, as would a float copy of all kernels that are
+    integers.
     """
     kernels = part_of(memory, len(kernel_attn), *rows.shape[1:])
-    torch.mm(kernel_attn, rows.flatten(1), out=kernels.flatten(1))
+    mixed, rows = kernels.flatten(1), rows.flatten(1)
+    if rows.is_floating_point():
+        torch.mm(kernel_attn, rows, out=mixed)
+    else:
+        for part in slices(rows.shape[1], CONVERTED):
+            torch.mm(kernel_attn, rows[:, part].to(kernel_attn.dtype), out=mixed[:, part])
     return kernels
 
 

@@ -125,9 +125,11 @@ def _narrowed(
 ) -> tuple[Case, Tensor, Attention, tuple[slice, slice] | None]:
     """The case with the taps alone that meet the images, its kernels and attention, and which taps (None for all).
 
-    The attention is in the dtype of the kernels, which are mixed in it.
+    The attention is in the dtype of the kernels, which are mixed in it. Those that are integers, which only prepared
+    layers have, are mixed in that of the images.
     """
-    attention = Attention(*(t if t is None else t.to(weight.dtype).contiguous() for t in attention))
+    dtype = weight.dtype if weight.is_floating_point() else x.dtype
+    attention = Attention(*(t if t is None else t.to(dtype).contiguous() for t in attention))
     taps, stride, padding, dilation = zip(*map(used_taps, x.shape[2:], weight.shape[2:], stride, padding, dilation))
     if all(t.stop - t.start == size for t, size in zip(taps, weight.shape[2:])):
         return case_of(x, weight, attention, stride, padding, dilation, groups), weight, attention, None

@@ -33,7 +33,7 @@ def forward(x: Tensor, weight: Tensor, attention: Attention, case: Case) -> Tens
     gates = _gates(attention, case)
     is_whole = _is_grouped(case) and not case.is_pointwise  # one convolution makes the result
     y = None if is_whole else empty_as(x, case.batch, case.out_channels, *case.output_size)
-    parts, memory = _parts(bank, case, 10 * cache_bytes())
+    parts, memory = _parts(kernel_attn, case, 10 * cache_bytes())
     for part in parts:
         kernels = _mix(kernel_attn[part], bank, memory, weight, case)
         for gate in gates.values():
@@ -62,7 +62,7 @@ def backward(
     grad_x, grad_weight = None if is_whole else empty_as(x, *x.shape), torch.zeros_like(weight)
     grad_bank = kernel_rows(grad_weight, case.num_kernels).flatten(1)
     gradients = {name: [] for name, attn in attention._asdict().items() if attn is not None}
-    parts, memory = _parts(bank, case, 2 * cache_bytes())  # each kernel has a gradient and products with it
+    parts, memory = _parts(kernel_attn, case, 2 * cache_bytes())  # each kernel has a gradient and products with it
     for part in parts:
         factors = {name: gate[part] for name, gate in gates.items()}
         mixed = _mix(kernel_attn[part], bank, memory, weight, case)
@@ -125,10 +125,10 @@ def _as_groups(images: Tensor) -> Tensor:
     return images if len(images) == 1 else images.reshape(1, -1, *images.shape[2:])
 
 
-def _parts(bank: Tensor, case: Case, size: int) -> tuple[list[slice], Tensor]:
+def _parts(kernel_attn: Tensor, case: Case, size: int) -> tuple[list[slice], Tensor]:
     """Ranges of the images, and memory for the mixed kernels of one: fresh memory costs more than the mixing."""
-    step = case.batch if _is_grouped(case) else max(size // (case.kernel_numel * bank.element_size()), 1)
-    return slices(case.batch, step), bank.new_empty(min(step, case.batch) * case.kernel_numel)
+    step = case.batch if _is_grouped(case) else max(size // (case.kernel_numel * kernel_attn.element_size()), 1)
+    return slices(case.batch, step), kernel_attn.new_empty(min(step, case.batch) * case.kernel_numel)
 
 
 def _mix(kernel_attn: Tensor, bank: Tensor, memory: Tensor, weight: Tensor, case: Case) -> Tensor:

@@ -138,8 +138,8 @@ METHODS = {  # sizes of what is squeezed for the gates and for the kernels, soft
 }
 
 
-def make_layer(method, K, I, O, kernel_size, stride, padding, dilation, has_weight=True):
-    """A layer, and a function that computes its attention in float64"""
+def make_layer(method, K, I, O, kernel_size, stride, padding, dilation, has_weight=True, are_integers=False):
+    """A layer, its kernels and shift, and a function that computes its attention in float64"""
     hidden, competes, given = METHODS[method]
     gate_sizes = [size if is_given else 0 for size, is_given in zip((I, O, kernel_size[0] * kernel_size[1]), given)]
 
@@ -150,9 +150,13 @@ def make_layer(method, K, I, O, kernel_size, stride, padding, dilation, has_weig
     gates = linear(sum(gate_sizes), hidden[0]) if any(given) else None
     kernel = linear(K, hidden[1] if hidden else I)
     weight = torch.randn(K * O, I, *kernel_size) if has_weight else None
-    shift = torch.randn(O)
+    shift, scale = torch.randn(O), None
+    if are_integers:
+        scale, integers = torch.rand(O) / 2**15, torch.randint(-2**15, 2**15, weight.shape, dtype=torch.int16)
+        weight = integers * scale.repeat(K)[:, None, None, None]
     layer = c_conv.Layer(
-        squeeze, gates, kernel, competes, gate_sizes, I, weight, shift, stride, padding, dilation)
+        squeeze, gates, kernel, competes, gate_sizes, I, weight if scale is None else integers, scale, shift, stride,
+        padding, dilation)
 
     def attend(x):
         def apply(pair, features):
@@ -171,12 +175,13 @@ def make_layer(method, K, I, O, kernel_size, stride, padding, dilation, has_weig
     return layer, weight, shift, attend
 
 
+@pytest.mark.parametrize('are_integers', [False, True], ids=['', 'int16'])
 @pytest.mark.parametrize('batch, threads', [(1, 1), (1, 3), (3, 1), (7, 2)])
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
-def test_a_layer_is_attention_and_convolution_of_any_batch(shape, method, batch, threads, cache_of):
+def test_a_layer_is_attention_and_convolution_of_any_batch(shape, method, batch, threads, are_integers, cache_of):
     _, K, I, O, kernel_size, *conv_args, size = shape
-    layer, weight, shift, attend = make_layer(method, K, I, O, kernel_size, *conv_args)
+    layer, weight, shift, attend = make_layer(method, K, I, O, kernel_size, *conv_args, are_integers=are_integers)
     x = torch.randn(batch, I, *size)
     attention = attend(x)
     expected = definition(x, weight, attention, case_of(x, weight, attention, *conv_args, 1))
@@ -216,7 +221,7 @@ def test_an_image_does_not_depend_on_its_batch_in_a_layer(cache_of):
 def test_a_layer_keeps_the_tensors_it_was_made_of():
     linear = torch.nn.Linear(16, 2)
     layer = c_conv.Layer(
-        None, None, (linear.weight, linear.bias), True, [0, 0, 0], 16, None, None, (1, 1), (0, 0), (1, 1))
+        None, None, (linear.weight, linear.bias), True, [0, 0, 0], 16, None, None, None, (1, 1), (0, 0), (1, 1))
     x = torch.randn(1, 16, 3, 3)
     before = layer.attend(x).kernel_attn
     for parameter in linear.parameters():
@@ -274,7 +279,8 @@ def convolve_at_random(seed: int, count: int) -> None:
             assert_close(c_conv.forward(*call), definition(*call))
         else:
             layer, weight, shift, attend = make_layer(
-                rng.choice(list(METHODS)), K, I, O, kernel_size, stride, padding, dilation)
+                rng.choice(list(METHODS)), K, I, O, kernel_size, stride, padding, dilation,
+                are_integers=rng.random() < 0.5)
             x = torch.randn(batch, I, *size)
             attention = attend(x)
             case = case_of(x, weight, attention, stride, padding, dilation, 1)
