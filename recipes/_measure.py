@@ -105,9 +105,11 @@ def median_seconds(act: Callable[[], object], device: torch.device, repeats: int
 
 def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     """Multiply-accumulates of one image in billions: convolutions, matrix products, attention and mixing of kernels."""
-    model = copy.deepcopy(model).to('meta').eval()
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *input_size, device='meta'))
+    model = copy.deepcopy(model).eval()  # the copy is not compiled
+    # In memory: on the meta device PyTorch computes the size of every BatchNorm in Python, which takes longer.
+    images = torch.zeros(1, *input_size, device=next(model.parameters()).device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(images)
     return counter.get_total_flops() / 2 / 1e9
 
 

@@ -2,6 +2,7 @@ import os
 import shutil
 import sys
 import tempfile
+from functools import partial
 
 from hub_server import HubServer, empty_caches, redirect_clients
 
@@ -18,15 +19,16 @@ redirect_clients(os.environ, HUB.endpoint, CLIENTS_HOME.name)
 
 import pytest  # noqa: E402
 
-from fmd_timm.ops import c_conv, im2col, operator, per_image, per_kernel  # noqa: E402
-
-ALGORITHMS = {'per_kernel': per_kernel, 'im2col': im2col, 'per_image': per_image, 'per_image_in_groups': per_image}
+# PyTorch is imported in the fixtures, for pytest-xdist's controller reads this file too, and runs no test.
 
 
-@pytest.fixture(params=ALGORITHMS)
+@pytest.fixture(params=['per_kernel', 'im2col', 'per_image', 'per_image_in_groups'])
 def implementation(request, monkeypatch):
     """Run the test by each algorithm of dynamic_conv2d in PyTorch, wherever it supports the case."""
-    in_order, algorithm = operator.algorithms, ALGORITHMS[request.param]
+    from fmd_timm.ops import im2col, operator, per_image, per_kernel
+
+    in_order = operator.algorithms
+    algorithm = {'per_kernel': per_kernel, 'im2col': im2col}.get(request.param, per_image)
     if request.param == 'per_image_in_groups':  # as on other devices than the CPU
         monkeypatch.setattr(per_image, '_is_grouped', lambda case: True)
 
@@ -56,6 +58,8 @@ def compiled():
     """For tests of c_conv.c: they fail where there is a compiler and it doesn't compile."""
     if sys.platform != 'linux' or not any(map(shutil.which, ('cc', 'gcc', 'clang'))):
         pytest.skip('c_conv.c is for Linux with a C compiler')
+    from fmd_timm.ops import c_conv
+
     assert c_conv.is_available()
 
 
@@ -63,11 +67,14 @@ def compiled():
 def fresh_accelerator(monkeypatch):
     """For tests that call `train.main` or `_timing.main`: this process goes on with other tests."""
     import _accelerator
+    import _measure
     import torch
+    import train
     from accelerate.state import AcceleratorState, GradientState
 
     monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)  # which _timing sets, and training on CUDA
     monkeypatch.setattr(_accelerator, 'use_all_cores', lambda accelerator: None)
+    monkeypatch.setattr(train, 'time_inference', partial(_measure.time_inference, repeats=1))
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -24,8 +24,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 IMPORTED = [
-    'accelerate', 'datasets', 'sklearn.datasets', 'sklearn.model_selection', 'timm', 'torch.utils.tensorboard',
-    'torchvision', 'transformers.models.timm_wrapper.modeling_timm_wrapper',
+    'accelerate', 'datasets', 'sklearn.datasets', 'sklearn.model_selection', 'timm', 'timm.data', 'timm.loss',
+    'timm.optim', 'timm.scheduler', 'timm.task', 'timm.utils', 'torch.utils.flop_counter', 'torch.utils.tensorboard',
+    'torchcodec.decoders', 'torchvision', 'transformers.models.timm_wrapper.modeling_timm_wrapper',
 ]
 START_METHOD = 'forkserver'
 FORKS = multiprocessing.get_context(START_METHOD)

@@ -1,4 +1,7 @@
 """A whole network with the authors' parameter names, written from the equations, gives the same results once loaded."""
+import copy
+import functools
+
 import pytest
 import timm
 import torch
@@ -10,6 +13,13 @@ from fmd_timm import load_authors_state_dict, set_temperature
 KERNEL_TEMPERATURE, GATE_TEMPERATURE = 34.0, 5.0
 RTOL = 1e-9  # of the largest value, float64
 NARROW = dict(channels=(8, 16, 24, 32), num_classes=7, zero_init_last=False)
+CASES = {  # timm's network, method, arguments
+    'basic': ('resnet18', 'fmd', dict(NARROW, layers=(2, 1, 1, 1))),
+    'bottleneck': ('resnet50', 'fmd', dict(NARROW, layers=(2, 1, 1, 1))),
+    # hidden layers beyond 16
+    'wide': ('resnet18', 'fmd', dict(NARROW, channels=(8, 16, 24, 288), layers=(1, 1, 1, 1))),
+    'odconv': ('resnet50', 'od', dict(NARROW, layers=(2, 1, 1, 1))),
+}
 
 
 class AuthorsFMDConv2d(nn.Module):
@@ -73,6 +83,25 @@ class AuthorsODConv2d(nn.Module):
         return torch.stack(images) * torch.sigmoid(logits['filter_fc'])
 
 
+@functools.cache
+def run_theirs(case, training):
+    """The weights of their network, and what `run` finds with it."""
+    name, method, args = CASES[case]
+    theirs = make_theirs(name, AuthorsODConv2d if method == 'od' else AuthorsFMDConv2d, **args)
+    state_dict = copy.deepcopy(theirs.state_dict())
+    return state_dict, run(theirs, training)
+
+
+def run(network, training):
+    """Logits and gradient of random images, and all statistics afterwards."""
+    torch.manual_seed(1)
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    logits = network.train(training)(images)
+    logits.square().sum().backward()
+    statistics = {key: value for key, value in network.state_dict().items() if '.running_' in key}
+    return dict(statistics, logits=logits, gradient=images.grad)
+
+
 def make_theirs(name, layer=AuthorsFMDConv2d, **kwargs):
     """timm's ResNet with `layer` in its residual blocks, every parameter and statistic random."""
     model = timm.create_model(name, **kwargs)
@@ -105,30 +134,16 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('name, method, args', [
-    ('resnet18', 'fmd', NARROW),
-    ('resnet50', 'fmd', dict(NARROW, layers=(2, 1, 1, 1))),
-    ('resnet18', 'fmd', dict(NARROW, channels=(8, 16, 24, 288), layers=(1, 1, 1, 1))),  # hidden layers beyond 16
-    ('resnet50', 'od', dict(NARROW, layers=(2, 1, 1, 1))),
-], ids=['basic', 'bottleneck', 'wide', 'odconv'])
-def test_network_with_the_authors_checkpoint_equals_theirs(name, method, args, training, implementation):
-    theirs = make_theirs(name, AuthorsODConv2d if method == 'od' else AuthorsFMDConv2d, **args)
+@pytest.mark.parametrize('case', CASES)
+def test_network_with_the_authors_checkpoint_equals_theirs(case, training, implementation):
+    state_dict, expected = run_theirs(case, training)
+    name, method, args = CASES[case]
     model = timm.create_model(f'{name}_{method}', conv_bias=method == 'fmd', **args).double()
-    load_authors_state_dict(model, theirs.state_dict())
+    load_authors_state_dict(model, state_dict)
     set_temperature(model, kernel=KERNEL_TEMPERATURE, gate=GATE_TEMPERATURE)
-    torch.manual_seed(1)
-    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
-    results = []
-    for network in theirs, model:
-        x = images.clone().requires_grad_()
-        logits = network.train(training)(x)
-        logits.square().sum().backward()
-        results.append((logits, x.grad))
-    assert_close(results[1][0], results[0][0])
-    assert_close(results[1][1], results[0][1])
-    statistics = {key: value for key, value in theirs.state_dict().items() if '.running_' in key}
-    for key, value in statistics.items():
-        assert_close(model.state_dict()[key], value)
+    found = run(model, training)
+    for key, value in expected.items():
+        assert_close(found[key], value)
 
 
 @pytest.mark.parametrize('name, millions', [('resnet18_od', 44.90), ('resnet50_od', 90.67)])

@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning'),  # theirs
 ]
 
-NARROW = dict(channels=(8, 16, 32, 64))
+NARROW = dict(channels=(8, 16, 32, 64), layers=(1, 1, 1, 1))
 NETWORKS = {  # of each method, of each family
     'resnet18_cond': NARROW, 'resnet18_dy': NARROW, 'resnet18_od': NARROW, 'resnet18_fmd': NARROW,
     'mobilenetv3_small_100_fmd': {},
@@ -124,11 +124,11 @@ def test_deeplab_of_segmentation_models_pytorch_starts_from_a_static_checkpoint_
 # transformers
 
 
-@pytest.mark.parametrize('name', NETWORKS)
-def test_timm_backbone_of_transformers_returns_the_features(name):
+@pytest.mark.parametrize('name, args', NETWORKS.items(), ids=NETWORKS)
+def test_timm_backbone_of_transformers_returns_the_features(name, args):
     indices = (1, 2, 3, 4)
-    backbone = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=indices)).eval()
-    features = timm.create_model(name, features_only=True, out_indices=indices).eval()
+    backbone = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=indices), **args).eval()
+    features = timm.create_model(name, features_only=True, out_indices=indices, **args).eval()
     features.load_state_dict(backbone._backbone.state_dict())
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -226,6 +226,7 @@ def test_faster_rcnn_of_torchvision_learns_from_images_of_different_size(images_
     model = FasterRCNN(
         Pyramid('resnet18_fmd', freeze_batch_norm), num_classes=3, min_size=64, max_size=96,
         rpn_anchor_generator=AnchorGenerator(((8,), (16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 4),
+        rpn_post_nms_top_n_train=64, rpn_post_nms_top_n_test=64, box_batch_size_per_image=64,
     )
     images = [torch.rand(3, 64, 96), torch.rand(3, 80, 64)][:images_per_step]
     targets = [

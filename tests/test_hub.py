@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification
 import fmd_timm
 from fmd_timm.hub import save_for_hub
 
-SMALL = dict(channels=(8, 16, 32, 64))
+SMALL = dict(channels=(8, 16, 32, 64), layers=(1, 1, 1, 1))
 MODELS = [
     SMALL,
     dict(SMALL, num_classes=7, in_chans=1, num_kernels=2),

@@ -1,7 +1,6 @@
 """`python -m fmd_timm <script>`, with scripts that do what those of timm's repository do: they are not on PyPI."""
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,8 +57,8 @@ def run_here(monkeypatch):
 
 
 def test_a_script_that_only_knows_timm_finds_our_models(script, tmp_path):
-    command = [sys.executable, '-m', 'fmd_timm', 'scripts/script.py', '--model', 'resnet18_fmd_cifar']
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    command = '-m', 'fmd_timm', 'scripts/script.py', '--model', 'resnet18_fmd_cifar'
+    done = processes.run(*command, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 3, done.stderr
     model = timm.create_model('resnet18_fmd_cifar')
     assert json.loads(done.stdout)['parameters'] == sum(p.numel() for p in model.parameters())

@@ -387,9 +387,10 @@ def test_ema_follows_weights_and_temperature(name):
             parameter.add_(0.1)
     set_temperature(model, kernel=9.0)
     ema.update(model)
+    state_dict = model.state_dict()
     for key, value in ema.module.state_dict().items():
         if value.is_floating_point():
-            torch.testing.assert_close(value, (before[key] + model.state_dict()[key]) / 2)
+            torch.testing.assert_close(value, (before[key] + state_dict[key]) / 2)
     set_temperature(ema, kernel=1.0)
     for network, expected in (ema.module, 1), (model, 9):
         temperatures = [buffer for key, buffer in network.named_buffers() if key.endswith('kernel_temperature')]

@@ -3,11 +3,10 @@ import copy
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 
+import processes
 import pytest
 import timm
 from hub_server import Commit, Repo
@@ -19,12 +18,6 @@ from fmd_timm.models import _pretrained
 
 NARROW = dict(channels=(8, 16, 32, 64), layers=(1, 1, 1, 1), num_classes=1000)
 RECORD = '{"hub": {"repo": "acme/resnet18_fmd", "commit": "abc"}, "pretrained_cfg": {"num_classes": 7}}'
-
-
-def run(script, env, cwd=None):
-    done = subprocess.run([sys.executable, '-c', dedent(script)], env=env, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def test_the_hub_is_asked_once_and_its_refusals_are_named(hub):
@@ -111,10 +104,11 @@ def test_the_package_is_imported_in_spite_of_a_bad_record(tmp_path):
     shutil.copytree(Path(fmd_timm.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__'))
     (package / 'hub_cards').mkdir(exist_ok=True)
     (package / 'hub_cards' / 'resnet18_fmd.bad_in1k.json').write_text('{"hub": ')
-    done = run('''
+    done = processes.run('-c', dedent('''
         import fmd_timm, timm
         print(fmd_timm.__file__, timm.create_model('resnet18_fmd', device='meta').num_classes)
         print(timm.list_models('resnet18_fmd.*', include_tags=True))
-    ''', dict(os.environ, PYTHONPATH=str(tmp_path)), cwd=tmp_path)
+    '''), env=dict(os.environ, PYTHONPATH=str(tmp_path)), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f'{package / "__init__.py"} 1000') and 'bad_in1k' not in done.stdout
     assert done.stderr.count('resnet18_fmd.bad_in1k.json') == 1

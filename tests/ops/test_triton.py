@@ -172,10 +172,10 @@ def test_the_real_tiles(channels, dtype):
 
 
 @runs_kernels
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_the_check_of_the_first_use_passes(dtype, small_tiles, monkeypatch):
+@pytest.mark.parametrize('case, dtype', [('3x3_stride', torch.float32), ('1x2', torch.bfloat16)], ids=str)
+def test_the_check_of_the_first_use_passes(case, dtype, small_tiles, monkeypatch):
     monkeypatch.setattr(triton_checked, '_right', {})
-    *_, case = make_inputs(*CASES['3x3_stride'], dtype=dtype, without=())
+    *_, case = make_inputs(*CASES[case], dtype=dtype, without=())
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)  # ours; old interpreters warn of NumPy's changes
         assert TritonConv(64, None).supports(case) and TritonConv(64, None).is_right(case)
@@ -204,7 +204,7 @@ def test_the_check_of_the_first_use_notices_results_that_are_not_written(small_t
 @pytest.mark.parametrize('channels_last', [False, True], ids=['contiguous', 'channels_last'])
 def test_the_operator_lays_out_what_it_gets_from_here(channels_last, small_tiles, monkeypatch):
     from fmd_timm.ops import triton_conv
-    x, weight, attention, case = make_inputs(*CASES['3x3_stride'])
+    x, weight, attention, case = make_inputs(*CASES['1x2'])
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     tensors = [t for t in (x, weight, *attention[:3]) if t is not None]

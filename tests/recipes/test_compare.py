@@ -6,9 +6,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import _accelerator
+import _measure
 import _pictures
 import _report
 import _timing
@@ -49,6 +51,7 @@ def on_one_thread(patch):
     patch.setattr(torch.backends.cudnn, 'benchmark', False)  # which timing sets
     patch.setattr(_timing, 'ROUNDS', 3)
     patch.setattr(_timing, 'STEPS', 2)
+    patch.setattr(train, 'time_inference', partial(_measure.time_inference, repeats=1))
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,9 @@ import json, sys, timm, torch, fmd_timm
 from safetensors.torch import load_file
 for name, run in zip(sys.argv[1::2], sys.argv[2::2]):
     model = timm.create_model(name, pretrained=True).eval()
+    state_dict = model.state_dict()
     for key, tensor in load_file(f'{run}/model.safetensors').items():
-        assert torch.equal(model.state_dict()[key], tensor), f'{key} of {name} is not that of {run}'
+        assert torch.equal(state_dict[key], tensor), f'{key} of {name} is not that of {run}'
     images, logits = torch.load(f'{run}/logits.pt')
     with torch.no_grad():
         torch.testing.assert_close(model(images), logits)
