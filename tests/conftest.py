@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import sys
@@ -20,6 +21,11 @@ redirect_clients(os.environ, HUB.endpoint, CLIENTS_HOME.name)
 import pytest  # noqa: E402
 
 # PyTorch is imported in the fixtures, for pytest-xdist's controller reads this file too, and runs no test.
+
+
+def pytest_collection_finish():
+    """Modules and tests stay to the end. Looking for garbage among them would take a third of a second, often."""
+    gc.freeze()
 
 
 @pytest.fixture(params=['per_kernel', 'im2col', 'per_image', 'per_image_in_groups'])

@@ -1,4 +1,6 @@
 """dynamic_conv2d is the sum in its docstring: against one plain convolution per image, in float64."""
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,17 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(algorithm, 'cache_bytes', lambda: 1)
 
 
+@functools.cache
+def in_float64(shape, dtype):
+    """Inputs of this dtype, a gradient of the result, and what the definition makes of them in float64."""
+    tensors, conv_args = make_inputs(*shape, dtype=dtype, tap_attn=shape[4] > 1)
+    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    y = one_by_one(**exact, **conv_args)
+    probe = torch.randn_like(y).to(dtype)
+    gradients = torch.autograd.grad(y, list(exact.values()), probe.double())
+    return {name: t.detach() for name, t in tensors.items()}, conv_args, probe, [y.detach(), *gradients]
+
+
 @pytest.mark.parametrize('dtype, tolerance', [
     (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2),  # the halves have 8 and 11 bits of mantissa
 ], ids=['float32', 'bfloat16', 'float16'])
@@ -122,10 +135,8 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize('shape', PROOF.values(), ids=PROOF)
 def test_outputs_and_gradients_stay_close_to_float64(
         shape, layout, dtype, tolerance, implementation, small_blocks):
-    taps = shape[4] > 1
-    tensors, conv_args = make_inputs(*shape, dtype=dtype, tap_attn=taps)
-    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
-    tensors = {name: t.detach() for name, t in tensors.items()}
+    tensors, conv_args, probe, expected = in_float64(shape, dtype)
+    tensors = {name: t.clone() for name, t in tensors.items()}
     if layout != 'nchw':
         tensors['x'] = tensors['x'].to(memory_format=torch.channels_last)
     if layout == 'nhwc':
@@ -134,11 +145,9 @@ def test_outputs_and_gradients_stay_close_to_float64(
         tensors = {name: torch.stack([t, t], -1)[..., 0] for name, t in tensors.items()}
     tensors = {name: t.requires_grad_() for name, t in tensors.items()}
 
-    y, expected = dynamic_conv2d(**tensors, **conv_args), one_by_one(**exact, **conv_args)
-    probe = torch.randn_like(expected).to(dtype)
+    y = dynamic_conv2d(**tensors, **conv_args)
     gradients = torch.autograd.grad(y, list(tensors.values()), probe)
-    expected_gradients = torch.autograd.grad(expected, list(exact.values()), probe.double())
-    for name, value, true in zip(['y', *tensors], [y, *gradients], [expected, *expected_gradients]):
+    for name, value, true in zip(['y', *tensors], [y, *gradients], expected):
         assert value.dtype == dtype
         error = ((value.double() - true).abs().max() / true.abs().max()).item()
         assert error < tolerance, f'{name}: relative error {error:.1e}'

@@ -16,6 +16,7 @@ import _report
 import _timing
 import compare
 import numpy as np
+import processes
 import pytest
 import tiny
 import torch
@@ -37,6 +38,13 @@ def run_here(state, script, arguments):
         'train.py': (train, train.parse_train), '_timing.py': (_timing, _timing.parse_timing)}[script]
     module.main(**vars(parse(arguments)))
     return True
+
+
+def run_in_fork(state, script, arguments):
+    """compare.run_recipe in a process of tests/processes.py."""
+    done = processes.run(compare.RECIPES / script, *arguments)
+    print(done.stdout, done.stderr)
+    return done.returncode == 0
 
 
 def must_not_run(state, script, arguments):
@@ -220,6 +228,7 @@ train.main(**vars(train.parse_train(sys.argv[1:])))
     shutil.rmtree(copied / tiny.NAME / 'seed_0')
     with pytest.raises(SystemExit, match=f'failed, and left out of the table: {tiny.NAME} with seed 0; the same'):
         run(digits_folder, copied)
+    monkeypatch.setattr(compare, 'run_recipe', run_in_fork)  # which starts sooner
     assert json.loads((copied / 'comparison.json').read_text())['models'][tiny.NAME]['seeds'] == [1]
     assert f'run 2 of 4: {tiny.NAME}, seed 0' in capfd.readouterr().out
 

@@ -1,38 +1,34 @@
 """recipes/_output.py: one run at a time writes to a folder, which has space and is one for all processes."""
 import errno
-import os
 import re
-import signal
-import subprocess
-import sys
+import time
 from types import SimpleNamespace
 
 import _checkpoints
 import _output
+import processes
 import pytest
 import train
-from test_train import PATH
 
-HOLD = '''
-import sys, time
-from pathlib import Path
-import _output
-file = _output.lock(Path(sys.argv[1]))
-_output.read_holder(Path(sys.argv[1]))  # which must not give the lock up
-print('locked', flush=True)
-time.sleep(600)
-'''
+
+def hold(folder, locked):
+    file = _output.lock(folder)
+    _output.read_holder(folder)  # which must not give the lock up
+    locked.set()
+    time.sleep(600)
+    file.close()
 
 
 def test_two_runs_into_one_folder_are_refused_until_the_first_has_died(tmp_path):
-    env = dict(os.environ, PYTHONPATH=PATH)
-    with subprocess.Popen([sys.executable, '-c', HOLD, tmp_path], env=env, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == 'locked\n'
-        with pytest.raises(SystemExit, match=rf'--output {tmp_path} is in use by process {holder.pid} on \S+: name'):
-            _output.lock(tmp_path)
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-        _output.lock(tmp_path).close()
+    locked = processes.FORKS.Event()
+    holder = processes.FORKS.Process(target=hold, args=(tmp_path, locked), daemon=True)
+    holder.start()
+    assert locked.wait(60)
+    with pytest.raises(SystemExit, match=rf'--output {tmp_path} is in use by process {holder.pid} on \S+: name'):
+        _output.lock(tmp_path)
+    holder.kill()
+    holder.join()
+    _output.lock(tmp_path).close()
 
 
 @pytest.mark.skipif(_output.fcntl is None, reason='of fcntl')

@@ -13,14 +13,22 @@ from inputs import make_run
 
 from fmd_timm.hub import save_for_hub
 
+NARROW = dict(channels=[8, 16, 32, 64], layers=[1, 1, 1, 1])
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    make_run(folder, **NARROW)
+    return folder
+
 
 @pytest.fixture
-def published(hub, tmp_path, monkeypatch):
+def published(hub, folder, monkeypatch):
     """acme/small, as publishing leaves it."""
     monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', lambda seconds: None)  # before it tries again
-    make_run(tmp_path, channels=[8, 16, 32, 64])
     repo = hub.repos['acme/small'] = Repo()
-    files = {name: (tmp_path / name).read_bytes() for name in ('config.json', 'model.safetensors')}
+    files = {name: (folder / name).read_bytes() for name in ('config.json', 'model.safetensors')}
     repo.commits.append(Commit(files, 'first'))
     return repo
 
@@ -66,9 +74,9 @@ class Opened:
         return pytest.fail, ('a pickle was opened',)
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'resnet18_fmd_cifar'])
-def test_a_repository_can_not_name_another_file_for_its_weights(name, hub, tmp_path):
-    network = timm.create_model(name)
+@pytest.mark.parametrize('name, args', [('test_resnet', {}), ('resnet18_fmd_cifar', NARROW)])
+def test_a_repository_can_not_name_another_file_for_its_weights(name, args, hub, tmp_path):
+    network = timm.create_model(name, **args)
     save_for_hub(network, tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
     config['pretrained_cfg'] |= dict(hf_hub_filename='w.bin', custom_load='hf', url='http://127.0.0.1:1/w.bin')

@@ -223,7 +223,8 @@ train.main(**vars(train.parse_train(sys.argv[1:])))
 def test_the_end_and_the_last_checkpoint_before_it_are_kept(every, kept, digits_folder, tmp_path, monkeypatch):
     accuracies = iter([10.0, 90.0, 20.0, 30.0, 40.0])
     monkeypatch.setattr(_loop, 'score', lambda *args: dict(top1=next(accuracies), top5=100.0, loss=1.0))
-    record = run(make_recipe(digits_folder, epochs=5, checkpoint_every=every), tmp_path)
+    recipe = make_recipe(digits_folder, model=tiny.STATIC, epochs=5, batch_size=64, checkpoint_every=every)
+    record = run(recipe, tmp_path)
     assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == kept
     assert (record['best_top1'], record['best_epoch'], record['top1']) == (90, 2, 40)
 
