@@ -14,15 +14,13 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_evaluate(sys.argv[1:], __doc__)
     end_with_launcher()
 
-from collections.abc import Callable
 from pathlib import Path
 
 from _accelerator import PROCESS_GROUP, auto_precision, usable_cores, use_all_cores
-from _classes import known_names, label_names
 from _data import LabelledImages, StreamedImages, refuse_bad_images
 from _dataset import choose_parts, open_dataset, take_parts
-from _labels import are_numbers, new_numbers
 from _loaders import Normalize, eval_transform
+from _matching import match_classes
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import VALIDATION_SPLITS
 from _record import device_name, read_json
@@ -31,7 +29,6 @@ from _streaming import OwnGroups
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from timm.data import resolve_model_data_config
-from torch import nn
 from torch.utils.data import DataLoader
 
 import fmd_timm  # noqa: F401, registers the models
@@ -123,32 +120,6 @@ def find_hold_out(checkpoint: str, share: float, split: str | None, seed: int | 
                 f'{option} must be {recipe.get(name)}, as in the run of {checkpoint}, got {value}: it was trained on '
                 f'some of these images')
     return recipe['train_split'], recipe['seed']
-
-
-def match_classes(images: LabelledImages, network: nn.Module, what: str, say: Callable[[str], None]) -> None:
-    """Number the images' classes as the checkpoint does: by their names, or as they are where one has none.
-
-    Args:
-        images: Those to evaluate; their classes may be some of the checkpoint's, in any order.
-        network: The checkpoint's.
-        what: What to call the checkpoint.
-        say: Prints that there are no names.
-
-    Raises:
-        SystemExit: There are classes that the checkpoint does not have.
-    """
-    names, known = label_names(network, what), known_names(network, what)
-    for candidates in known:
-        if (new_numbers(images.label_names, candidates)[images.targets] >= 0).all():
-            return images.use_classes(candidates, what)
-    count, numbered = len(images.label_names), are_numbers(images.label_names)
-    if known and not numbered and (names or count < network.num_classes):
-        images.use_classes(known[0], what)  # which names those that it has not
-    if count > network.num_classes or count < network.num_classes and not numbered:
-        raise SystemExit(
-            f'{images.name} has {count} classes, {what} was trained for {network.num_classes}, whose names it does '
-            f'not have')
-    say(f'classes are matched by their numbers: the {"dataset" if numbered else "checkpoint"} has no names for them')
 
 
 def format_score(value: float | None) -> str:

@@ -6,6 +6,7 @@ import shutil
 import _data
 import _dataset
 import _labels
+import _matching
 import datasets
 import evaluate
 import numpy as np
@@ -380,7 +381,7 @@ def test_classes_without_names_are_matched_by_number_and_it_is_said(
 def test_imagenets_names_belong_to_its_checkpoints():
     network = timm.create_model('test_resnet')
     images = read(make_rows([0, 1, 2], datasets.ClassLabel(names=['n01443537', 'n01440764', 'n02123045'])))
-    evaluate.match_classes(images, network, 'checkpoint', pytest.fail)
+    _matching.match_classes(images, network, 'checkpoint', pytest.fail)
     assert images.labels() == [1, 0, 281]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 
+import datasets
 import export
 import onnx
 import predict
@@ -63,10 +64,12 @@ def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weig
     weights_sha256 = hashlib.sha256((checkpoint / 'model.safetensors').read_bytes()).hexdigest()
     assert record['checkpoint']['revision'] == f'sha256 {weights_sha256}'
     assert record['images'] == 50 and record['infer_ms_per_image'] > 0
+    top1, pytorch_top1 = record['top1'], record['pytorch_top1']
     if weights == 'fp32':
-        assert record['largest_relative_difference'] < 2e-6 and record['top1_agreement'] == 50
+        assert record['largest_relative_difference'] < 2e-6 and record['top1_agreement'] == 50 and top1 == pytorch_top1
     else:
         assert 1e-6 < record['largest_relative_difference'] < 5e-3 and record['top1_agreement'] > 45
+        assert abs(top1 - pytorch_top1) < 10
     assert {'torch', *FORMATS[format].packages} <= record['versions'].keys()
 
     network = timm.create_model(f'local-dir:{checkpoint}', pretrained=True).eval()
@@ -82,6 +85,32 @@ def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weig
         load_digits()['test'][0]['image'].save(picture)
         lines = [predict_lines(source, picture, capsys) for source in (checkpoint, path)]
         assert lines[0] == lines[1] and len(lines[0]) == 4
+
+
+def test_accuracy_is_of_all_images_with_labels_of_the_network(checkpoint, digits_folder, tmp_path, capsys):
+    options = '--format', 'torch-export', '--output', tmp_path / 'model.pt2'
+    rows = datasets.load_dataset('parquet', data_files=str(digits_folder / 'test.parquet'), split='train')
+    network = timm.create_model(f'local-dir:{checkpoint}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    with torch.no_grad():
+        best = network(torch.stack([transform(image.convert('RGB')) for image in rows['image']])).argmax(1)
+    expected = 100 * (best == torch.tensor(rows['label'])).double().mean().item()
+    for images in (), ('--images', digits_folder):
+        record = run(checkpoint, *options, *images)
+        assert record['top1'] == record['pytorch_top1'] == pytest.approx(expected)
+        assert f'top-1: {expected:.2f}, in PyTorch {expected:.2f}' in capsys.readouterr().out
+        assert record['compared_on'].endswith("split 'test'") and record['images'] == 50
+
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    for n in range(3):
+        rows[n]['image'].save(folder / f'{n}.png')
+    record = run(checkpoint, *options, '--images', folder)
+    assert record['top1'] is record['pytorch_top1'] is None and record['top1_agreement'] == record['images'] == 3
+    assert 'no accuracy is measured: ' in capsys.readouterr().out
+    (folder / '1.png').write_bytes(b'no picture')
+    with pytest.raises(SystemExit, match="split 'train': the image in row 1 .* cannot be decoded"):
+        run(checkpoint, *options, '--images', folder)
 
 
 def predict_lines(source, picture, capsys):
