@@ -14,6 +14,9 @@ from _recipe_checks import check_effects, check_recipe
 
 METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
 EXPORT_SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'torch-export': '.pt2'}  # of the formats of _exported.py
+EXPORT_WEIGHTS = {
+    'onnx': ('fp32', 'fp16', 'int8', 'int8-static'), 'openvino': ('fp32', 'fp16', 'int8'),
+    'torch-export': ('fp32', 'fp16', 'int8')}
 # What the Hub may hold: a file of torch.export runs in PyTorch alone, where the weights themselves do.
 PUBLISHED_FILES = {'onnx': ('model.onnx',), 'openvino': ('model.xml', 'model.bin')}
 
@@ -172,8 +175,9 @@ def parse_export(argv: list[str], description: str | None = None) -> argparse.Na
         '--batch', choices=('1', 'dynamic'), default='1', help='images at a time: one, which is faster, or any number '
         '(1)')
     parser.add_argument(
-        '--weights', choices=('fp32', 'fp16', 'int8'), default='fp32', help='how they are stored; int8: the kernels of '
-        'dynamic convolutions, and all else in fp32 (fp32)')
+        '--weights', choices=('fp32', 'fp16', 'int8', 'int8-static'), default='fp32', help='how they are stored; int8: '
+        'the kernels of dynamic convolutions, and all else in fp32; int8-static: the whole network, which computes in '
+        'int8 too, by the static quantization of onnxruntime (fp32)')
     parser.add_argument('--output', type=path, metavar='FILE', help='model.<format> in the folder of the checkpoint')
     parser.add_argument(
         '--images', type=name, metavar='DATASET', help='to compare the file with PyTorch on: a folder, or a dataset id '
@@ -182,6 +186,9 @@ def parse_export(argv: list[str], description: str | None = None) -> argparse.Na
     suffix = EXPORT_SUFFIXES[args.format]
     if args.output and args.output.suffix != suffix:
         raise SystemExit(f'--output must end in {suffix} for --format {args.format}, got {args.output}')
+    if args.weights not in EXPORT_WEIGHTS[args.format]:
+        taken = ', '.join(EXPORT_WEIGHTS[args.format])
+        raise SystemExit(f'--weights must be one of {taken} for --format {args.format}, got {args.weights}')
     return args
 
 

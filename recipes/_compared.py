@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from _data import LabelledImages, open_images
-from _dataset import choose_parts, dataset_name, find_image_column, open_dataset, take_parts
+from _dataset import Rows, choose_parts, dataset_name, find_image_column, open_dataset, take_parts
 from _exported import Run
 from _loaders import Normalize, eval_transform
 from _matching import match_classes
@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+CALIBRATION = 256  # images, by which a quantiser knows how large activations are
 BATCH = 16  # images at a time, where a network takes as many
 UNLABELLED = 256  # images to compare on, where they have no labels
 
 
 class Compared(NamedTuple):
-    """The images to compare on."""
+    """The images to compare on, and others where there are any."""
     name: str
     images: LabelledImages
     have_labels: bool  # those of the network; else their labels mean nothing
+    others: LabelledImages  # to calibrate on
 
 
 def open_compared(source: Source, asked: str | None, network: nn.Module, what: str) -> Compared:
@@ -43,21 +45,28 @@ def open_compared(source: Source, asked: str | None, network: nn.Module, what: s
     """
     if asked is None:
         recipe = recipe_of(source)
-        images = open_images(recipe)['validation']
+        others, images = open_images(recipe).values()
         match_classes(images, network, what, print)
-        return Compared(f'{dataset_name(recipe.dataset)} split {images.split!r}', images, True)
+        return Compared(f'{dataset_name(recipe.dataset)} split {images.split!r}', images, True, others)
     splits = open_dataset(asked)
-    split, parts = choose_parts(splits, asked, None, (*VALIDATION_SPLITS, 'train'))
-    name, rows = f'{dataset_name(asked)} split {split!r}', take_parts(splits, parts)
+    images = read_unlabelled(splits, asked, (*VALIDATION_SPLITS, 'train'))
+    others = read_unlabelled(splits, asked, ('train', images.split))
+    split, parts = choose_parts(splits, asked, images.split)
     try:
-        images = LabelledImages(rows, split, name)
-        match_classes(images, network, what, print)
-        return Compared(name, images, True)
+        labelled = LabelledImages(take_parts(splits, parts), split, images.name)
+        match_classes(labelled, network, what, print)
+        return Compared(images.name, labelled, True, others)
     except SystemExit as reason:
         print(f'no accuracy is measured: {reason}')
+    return Compared(images.name, images.select(images.sample(UNLABELLED)), False, others)
+
+
+def read_unlabelled(splits: dict[str, Rows], dataset: str, candidates: tuple[str, ...]) -> LabelledImages:
+    """The images of the first of these splits that there is, all with the same label."""
+    split, parts = choose_parts(splits, dataset, None, candidates)
+    name, rows = f'{dataset_name(dataset)} split {split!r}', take_parts(splits, parts)
     rows = rows.select_columns([find_image_column(rows, name, None)]).add_column('label', [0] * len(rows))
-    images = LabelledImages(rows, split, name)
-    return Compared(name, images.select(images.sample(UNLABELLED)), False)
+    return LabelledImages(rows, split, name)
 
 
 def recipe_of(source: Source) -> Recipe:
@@ -85,6 +94,13 @@ def batches_for(images: LabelledImages, config: dict[str, Any], what: str) -> It
     images.transform, normalize = eval_transform(config), Normalize(config['mean'], config['std'])
     for pixels, labels in tqdm(DataLoader(images, BATCH), what, leave=False, mininterval=1):
         yield normalize(pixels), labels
+
+
+def calibration_images(images: LabelledImages, config: dict[str, Any]) -> Iterator[Tensor]:
+    """Some of the images, evenly spread, one at a time (1, 3, H, W), prepared in the same way."""
+    transform, normalize = eval_transform(config), Normalize(config['mean'], config['std'])
+    for place in tqdm(images.sample(CALIBRATION), 'calibrating', leave=False, mininterval=1):
+        yield normalize(transform(images.read(place)[0])[None])
 
 
 @torch.inference_mode()

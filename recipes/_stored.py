@@ -52,17 +52,14 @@ class Int8Conv2d(nn.Module):
 
 
 def store_kernels_int8(network: nn.Module) -> nn.Module:
-    """The kernels of a prepared network's dynamic convolutions, in place.
-
-    Raises:
-        SystemExit: It has none.
-    """
-    convs = [(name, module) for name, module in network.named_modules() if isinstance(module, PreparedConv2d)]
-    if not convs:
-        raise SystemExit('--weights int8 is for the kernels of dynamic convolutions: this network has none')
-    for name, conv in convs:
-        network.set_submodule(name, Int8Conv2d(conv))
+    """The kernels of a prepared network's dynamic convolutions, in place."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, PreparedConv2d):
+            network.set_submodule(name, Int8Conv2d(module))
     return network
 
 
-STORED = {'fp32': lambda network: network, 'fp16': HalfStored, 'int8': store_kernels_int8}
+STORED = {  # by --weights
+    'fp32': lambda network: network, 'fp16': HalfStored, 'int8': store_kernels_int8,
+    'int8-static': store_kernels_int8,  # a quantiser, which reads no computed kernels, does the rest
+}

@@ -24,18 +24,19 @@ from typing import Any
 import torch
 from _accelerator import use_all_cores
 from _arguments import EXPORT_SUFFIXES
-from _compared import BATCH, compare, open_compared
+from _compared import BATCH, calibration_images, compare, open_compared
 from _data import refuse_bad_images
 from _exported import FORMATS, Metadata, export_program
 from _measure import median_seconds
 from _record import circumstances, hardware, sha256, write_json
 from _sources import Source, find_source, load_network, origin_of
+from _start import first_dynamic
 from _stored import STORED
 from accelerate import Accelerator
 
 from fmd_timm import prepare_for_inference
 
-LARGEST_DIFFERENCE = dict(fp32=1e-4, fp16=1e-2, int8=0.1)  # relative to the largest logit
+LARGEST_DIFFERENCE = {'fp32': 1e-4, 'fp16': 1e-2, 'int8': 0.1, 'int8-static': 0.5}  # relative to the largest logit
 
 
 @refuse_bad_images()
@@ -58,6 +59,8 @@ def main(
     input_size = metadata.data_config['input_size']
     if input_size[0] != 3:
         raise SystemExit(f'{what} must be a network for images of 3 channels, got {input_size[0]}')
+    if weights == 'int8' and first_dynamic(network) is None:
+        raise SystemExit(f'--weights int8 is for the kernels of dynamic convolutions: {what} has none')
     compared = open_compared(source, images, network, what)
     output = output or default_output(source, EXPORT_SUFFIXES[format])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +69,8 @@ def main(
     with TemporaryDirectory(dir=output.parent, prefix='.export-') as folder:
         unchecked = Path(folder, output.name)
         runtime.save(program, metadata, unchecked)
+        if weights == 'int8-static':
+            runtime.quantize(unchecked, calibration_images(compared.others, metadata.data_config))
         run, _ = runtime.open(unchecked)
         result = compare(
             network, run, compared, metadata.data_config, 1 if batch == '1' else BATCH, LARGEST_DIFFERENCE[weights])
