@@ -7,58 +7,16 @@ pooled features: squeeze-and-excitation, the 1x1 behind the pooling and the clas
 from functools import partial
 
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
-from timm.models._builder import pretrained_cfg_for_features
 from timm.models._efficientnet_blocks import SqueezeExcite
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
 from timm.models.mobilenetv3 import MobileNetV3, MobileNetV3Features
 
-from ..layers import DyConv2d, DynamicConv2d, FMDConv2d, make_dynamic
-from ._pretrained import build_model, inflated_cfgs, with_published_tags
+from ..layers import DyConv2d, FMDConv2d
+from ._dynamic_blocks import DynamicBlocks, build_blocks, cfg
+from ._pretrained import inflated_cfgs, with_published_tags
 
 __all__ = ['DynamicMobileNetV3', 'DynamicMobileNetV3Features']  # register_model adds each entrypoint
-
-
-class DynamicBlocks:
-    """Of a network with `blocks` of timm's EfficientNet family: their convolutions are dynamic.
-
-    Args:
-        *args: Arguments of timm's class.
-        conv_layer: `CondConv2d`, `DyConv2d`, `ODConv2d` or `FMDConv2d`.
-        num_kernels: K.
-        reduction: Width of the gates' hidden layer (ODConv, FMDConv); None is the method's own.
-        kernel_ratio: Width of the kernel attention's hidden layer (DyConv, FMDConv); None is the method's own.
-        conv_bias: Give the dynamic convolutions a bias.
-        **kwargs: Arguments of timm's class.
-
-    Raises:
-        TypeError: The method has no such width.
-    """
-
-    def __init__(
-            self,
-            *args,
-            conv_layer: type[DynamicConv2d] = FMDConv2d,
-            num_kernels: int = 4,
-            reduction: float | None = None,
-            kernel_ratio: float | None = None,
-            conv_bias: bool = False,
-            **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        widths = {} if reduction is None else dict(reduction=reduction)
-        if kernel_ratio is not None:
-            widths['kernel_ratio'] = kernel_ratio
-        make_dynamic(
-            self.blocks, conv_layer, filter_fn=lambda name, conv: '.se.' not in name,
-            num_kernels=num_kernels, bias=conv_bias, **widths,
-        )
-        for module in self.blocks.modules():
-            if isinstance(module, DynamicConv2d):
-                # as timm initialises the static kernels of this network
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-                nn.init.normal_(module.weight, 0, (2 / fan_out) ** 0.5)
 
 
 class DynamicMobileNetV3(DynamicBlocks, MobileNetV3):
@@ -69,20 +27,10 @@ class DynamicMobileNetV3Features(DynamicBlocks, MobileNetV3Features):
     """The same for `features_only=True`."""
 
 
-def _cfg(**kwargs) -> dict:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem', 'classifier': 'classifier', 'license': 'apache-2.0',
-        **kwargs
-    }
-
-
 _cfgs = {}
 for _method in DyConv2d, FMDConv2d:
     _cfgs |= inflated_cfgs(
-        f'mobilenetv3_small_100_{_method.suffix}', _cfg(paper_ids=f'arXiv:{_method.arxiv}'), 'mobilenetv3_small_100',
+        f'mobilenetv3_small_100_{_method.suffix}', cfg(paper_ids=f'arXiv:{_method.arxiv}'), 'mobilenetv3_small_100',
         ['lamb_in1k'])
 default_cfgs = generate_default_cfgs(with_published_tags(_cfgs))
 
@@ -114,15 +62,9 @@ def _mobilenetv3_small_100(
         se_layer=partial(
             SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=round_channels),
     )
-    args = dict(model_args, **kwargs)
-    if not features_only or 'feature_cfg' in kwargs or 'feature_cls' in kwargs:
-        return build_model(DynamicMobileNetV3, variant, pretrained, features_only=features_only, **args)
-    model = build_model(
-        DynamicMobileNetV3Features, variant, pretrained, pretrained_strict=False,
-        kwargs_filter=('num_classes', 'num_features', 'head_conv', 'head_bias', 'head_norm', 'global_pool'), **args,
-    )
-    model.default_cfg = pretrained_cfg_for_features(model.default_cfg)
-    return model
+    return build_blocks(
+        DynamicMobileNetV3, DynamicMobileNetV3Features, variant, pretrained, features_only,
+        **dict(model_args, **kwargs))
 
 
 @register_model

@@ -1,6 +1,6 @@
 """ResNets with dynamic convolutions: timm's ResNet, every convolution of its residual blocks made dynamic.
 
-`resnet18_fmd` and `resnet50_fmd` follow FMDConv (arXiv 2503.17530): stem, downsample and classifier are static. So are
+`resnet18_fmd` and the deeper ones follow FMDConv (arXiv 2503.17530): stem, downsample and classifier are static. So are
 they in the networks of the methods it is compared with, `_cond`, `_dy` and `_od`. The `_cifar` models are for images of
 32x32 pixels, see `cifar_resnet.py`. FMDConv's authors give their dynamic convolutions a bias: `conv_bias=True`.
 """
@@ -104,119 +104,176 @@ def _cfg(**kwargs) -> dict:
     }
 
 
+# As in timm: the block, and how many of them each stage has.
+BLOCKS = dict(
+    resnet18=(DynamicBasicBlock, (2, 2, 2, 2)),
+    resnet34=(DynamicBasicBlock, (3, 4, 6, 3)),
+    resnet50=(DynamicBottleneck, (3, 4, 6, 3)),
+    resnet101=(DynamicBottleneck, (3, 4, 23, 3)),
+)
+
 # timm's 224 px checkpoints to inflate: its default, and one that saw a billion more images (non-commercial licence).
-STATIC_TAGS = ['a1_in1k', 'fb_swsl_ig1b_ft_in1k']
+STATIC_TAGS = dict(
+    resnet18=['a1_in1k', 'fb_swsl_ig1b_ft_in1k'],
+    resnet34=['a1_in1k'],
+    resnet50=['a1_in1k', 'fb_swsl_ig1b_ft_in1k'],
+    resnet101=['a1h_in1k'],
+)
 
 _cfgs = {}
-for _depth in 'resnet18', 'resnet50':
-    for _method in METHODS.values():
-        _name, _paper = f'{_depth}_{_method.suffix}', f'arXiv:{_method.arxiv}'
-        _cfgs |= inflated_cfgs(_name, _cfg(paper_ids=_paper), _depth, STATIC_TAGS)
-        _cfgs[f'{_name}_cifar'] = cifar_cfg(paper_ids=_paper)
+for _method in METHODS.values():
+    _paper = f'arXiv:{_method.arxiv}'
+    for _depth, _tags in STATIC_TAGS.items():
+        _cfgs |= inflated_cfgs(f'{_depth}_{_method.suffix}', _cfg(paper_ids=_paper), _depth, _tags)
+    for _depth in 'resnet18', 'resnet50':
+        _cfgs[f'{_depth}_{_method.suffix}_cifar'] = cifar_cfg(paper_ids=_paper)
 default_cfgs = generate_default_cfgs(with_published_tags(_cfgs))
 
 
-def _resnet18(variant: str, pretrained: bool, model_cls=DynamicResNet, **kwargs) -> DynamicResNet:
-    model_args = dict(block=DynamicBasicBlock, layers=(2, 2, 2, 2))
-    return build_model(model_cls, variant, pretrained, **dict(model_args, **kwargs))
-
-
-def _resnet50(variant: str, pretrained: bool, model_cls=DynamicResNet, **kwargs) -> DynamicResNet:
-    model_args = dict(block=DynamicBottleneck, layers=(3, 4, 6, 3))
-    return build_model(model_cls, variant, pretrained, **dict(model_args, **kwargs))
+def _resnet(variant: str, pretrained: bool, model_cls=DynamicResNet, **kwargs) -> DynamicResNet:
+    block, layers = BLOCKS[variant.partition('_')[0]]
+    return build_model(model_cls, variant, pretrained, **dict(dict(block=block, layers=layers), **kwargs))
 
 
 @register_model
 def resnet18_cond(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-18 with CondConv, K = 4 kernels per convolution."""
-    return _resnet18('resnet18_cond', pretrained, conv_layer=CondConv2d, **kwargs)
+    return _resnet('resnet18_cond', pretrained, conv_layer=CondConv2d, **kwargs)
 
 
 @register_model
 def resnet18_cond_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     """ResNet-18 with CondConv for 32x32 images."""
-    return _resnet18('resnet18_cond_cifar', pretrained, CifarDynamicResNet, conv_layer=CondConv2d, **kwargs)
+    return _resnet('resnet18_cond_cifar', pretrained, CifarDynamicResNet, conv_layer=CondConv2d, **kwargs)
 
 
 @register_model
 def resnet50_cond(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-50 with CondConv, K = 4 kernels per convolution."""
-    return _resnet50('resnet50_cond', pretrained, conv_layer=CondConv2d, **kwargs)
+    return _resnet('resnet50_cond', pretrained, conv_layer=CondConv2d, **kwargs)
 
 
 @register_model
 def resnet50_cond_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     """ResNet-50 with CondConv for 32x32 images."""
-    return _resnet50('resnet50_cond_cifar', pretrained, CifarDynamicResNet, conv_layer=CondConv2d, **kwargs)
+    return _resnet('resnet50_cond_cifar', pretrained, CifarDynamicResNet, conv_layer=CondConv2d, **kwargs)
 
 
 @register_model
 def resnet18_dy(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-18 with DyConv, K = 4 kernels per convolution."""
-    return _resnet18('resnet18_dy', pretrained, conv_layer=DyConv2d, **kwargs)
+    return _resnet('resnet18_dy', pretrained, conv_layer=DyConv2d, **kwargs)
 
 
 @register_model
 def resnet18_dy_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     """ResNet-18 with DyConv for 32x32 images."""
-    return _resnet18('resnet18_dy_cifar', pretrained, CifarDynamicResNet, conv_layer=DyConv2d, **kwargs)
+    return _resnet('resnet18_dy_cifar', pretrained, CifarDynamicResNet, conv_layer=DyConv2d, **kwargs)
 
 
 @register_model
 def resnet50_dy(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-50 with DyConv, K = 4 kernels per convolution."""
-    return _resnet50('resnet50_dy', pretrained, conv_layer=DyConv2d, **kwargs)
+    return _resnet('resnet50_dy', pretrained, conv_layer=DyConv2d, **kwargs)
 
 
 @register_model
 def resnet50_dy_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     """ResNet-50 with DyConv for 32x32 images."""
-    return _resnet50('resnet50_dy_cifar', pretrained, CifarDynamicResNet, conv_layer=DyConv2d, **kwargs)
+    return _resnet('resnet50_dy_cifar', pretrained, CifarDynamicResNet, conv_layer=DyConv2d, **kwargs)
 
 
 @register_model
 def resnet18_od(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-18 with ODConv, K = 4 kernels per convolution."""
-    return _resnet18('resnet18_od', pretrained, conv_layer=ODConv2d, **kwargs)
+    return _resnet('resnet18_od', pretrained, conv_layer=ODConv2d, **kwargs)
 
 
 @register_model
 def resnet18_od_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     """ResNet-18 with ODConv for 32x32 images."""
-    return _resnet18('resnet18_od_cifar', pretrained, CifarDynamicResNet, conv_layer=ODConv2d, **kwargs)
+    return _resnet('resnet18_od_cifar', pretrained, CifarDynamicResNet, conv_layer=ODConv2d, **kwargs)
 
 
 @register_model
 def resnet50_od(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-50 with ODConv, K = 4 kernels per convolution."""
-    return _resnet50('resnet50_od', pretrained, conv_layer=ODConv2d, **kwargs)
+    return _resnet('resnet50_od', pretrained, conv_layer=ODConv2d, **kwargs)
 
 
 @register_model
 def resnet50_od_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     """ResNet-50 with ODConv for 32x32 images."""
-    return _resnet50('resnet50_od_cifar', pretrained, CifarDynamicResNet, conv_layer=ODConv2d, **kwargs)
+    return _resnet('resnet50_od_cifar', pretrained, CifarDynamicResNet, conv_layer=ODConv2d, **kwargs)
 
 
 @register_model
 def resnet18_fmd(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-18 with FMDConv, K = 4 kernels per convolution."""
-    return _resnet18('resnet18_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
+    return _resnet('resnet18_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
 
 
 @register_model
 def resnet18_fmd_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     """ResNet-18 with FMDConv for 32x32 images."""
-    return _resnet18('resnet18_fmd_cifar', pretrained, CifarDynamicResNet, conv_layer=FMDConv2d, **kwargs)
+    return _resnet('resnet18_fmd_cifar', pretrained, CifarDynamicResNet, conv_layer=FMDConv2d, **kwargs)
 
 
 @register_model
 def resnet50_fmd(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-50 with FMDConv, K = 4 kernels per convolution."""
-    return _resnet50('resnet50_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
+    return _resnet('resnet50_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
 
 
 @register_model
 def resnet50_fmd_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
     """ResNet-50 with FMDConv for 32x32 images."""
-    return _resnet50('resnet50_fmd_cifar', pretrained, CifarDynamicResNet, conv_layer=FMDConv2d, **kwargs)
+    return _resnet('resnet50_fmd_cifar', pretrained, CifarDynamicResNet, conv_layer=FMDConv2d, **kwargs)
+
+
+@register_model
+def resnet34_cond(pretrained: bool = False, **kwargs) -> DynamicResNet:
+    """ResNet-34 with CondConv, K = 4 kernels per convolution."""
+    return _resnet('resnet34_cond', pretrained, conv_layer=CondConv2d, **kwargs)
+
+
+@register_model
+def resnet101_cond(pretrained: bool = False, **kwargs) -> DynamicResNet:
+    """ResNet-101 with CondConv, K = 4 kernels per convolution."""
+    return _resnet('resnet101_cond', pretrained, conv_layer=CondConv2d, **kwargs)
+
+
+@register_model
+def resnet34_dy(pretrained: bool = False, **kwargs) -> DynamicResNet:
+    """ResNet-34 with DyConv, K = 4 kernels per convolution."""
+    return _resnet('resnet34_dy', pretrained, conv_layer=DyConv2d, **kwargs)
+
+
+@register_model
+def resnet101_dy(pretrained: bool = False, **kwargs) -> DynamicResNet:
+    """ResNet-101 with DyConv, K = 4 kernels per convolution."""
+    return _resnet('resnet101_dy', pretrained, conv_layer=DyConv2d, **kwargs)
+
+
+@register_model
+def resnet34_od(pretrained: bool = False, **kwargs) -> DynamicResNet:
+    """ResNet-34 with ODConv, K = 4 kernels per convolution."""
+    return _resnet('resnet34_od', pretrained, conv_layer=ODConv2d, **kwargs)
+
+
+@register_model
+def resnet101_od(pretrained: bool = False, **kwargs) -> DynamicResNet:
+    """ResNet-101 with ODConv, K = 4 kernels per convolution."""
+    return _resnet('resnet101_od', pretrained, conv_layer=ODConv2d, **kwargs)
+
+
+@register_model
+def resnet34_fmd(pretrained: bool = False, **kwargs) -> DynamicResNet:
+    """ResNet-34 with FMDConv, K = 4 kernels per convolution."""
+    return _resnet('resnet34_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
+
+
+@register_model
+def resnet101_fmd(pretrained: bool = False, **kwargs) -> DynamicResNet:
+    """ResNet-101 with FMDConv, K = 4 kernels per convolution."""
+    return _resnet('resnet101_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)

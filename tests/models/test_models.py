@@ -22,7 +22,7 @@ from fmd_timm.models._pretrained import MODULES
 METHODS = dict(cond=CondConv2d, dy=DyConv2d, od=ODConv2d, fmd=FMDConv2d)
 ALL_MODELS = timm.list_models(module=MODULES)
 # Every method on one architecture and every architecture with one method; the other combinations take minutes.
-FAST = re.compile(r'resnet18_(cond|dy|od|fmd)|resnet(18|50)_fmd(_cifar)?|resnet18_cifar|mobilenetv3_.*')
+FAST = re.compile(r'resnet18_(cond|dy|od|fmd)|resnet(18|50)_fmd(_cifar)?|resnet18_cifar|mobilenetv3_.*|mobilenetv2_050_od')
 
 
 def models(pattern):
@@ -68,8 +68,22 @@ def dynamic_convs(model):
 def test_models_are_listed():
     assert set(ALL_MODELS) == {
         *(f'resnet{depth}_{method}{suffix}' for depth in (18, 50) for method in METHODS for suffix in ('', '_cifar')),
+        *(f'{name}_{method}' for name in ('resnet34', 'resnet101') for method in METHODS),
+        *(f'mobilenetv2_{width}_{method}' for width in ('050', '075', '100') for method in METHODS),
         'resnet18_cifar', 'resnet50_cifar', 'mobilenetv3_small_100_dy', 'mobilenetv3_small_100_fmd',
     }
+
+
+@pytest.mark.parametrize('name, num_kernels, millions', [
+    ('resnet18_od', 1, 11.94), ('resnet18_od', 4, 44.90), ('resnet50_od', 1, 28.64), ('resnet50_od', 4, 90.67),
+    ('resnet101_od', 1, 50.82), ('resnet101_od', 2, 90.44), ('mobilenetv2_050_od', 1, 2.43),
+    ('mobilenetv2_050_od', 4, 4.44), ('mobilenetv2_075_od', 1, 3.51), ('mobilenetv2_075_od', 4, 7.50),
+    ('mobilenetv2_100_od', 1, 4.94), ('mobilenetv2_100_od', 4, 11.51),
+])
+def test_networks_of_odconv_have_as_many_parameters_as_its_authors_state(name, num_kernels, millions):
+    """The tables of github.com/OSVAI/ODConv."""
+    model = timm.create_model(name, device='meta', num_kernels=num_kernels)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
 @pytest.mark.parametrize('conv_bias', [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -85,6 +99,8 @@ def test_every_convolution_of_the_blocks_is_of_the_method_and_no_other(name, con
             kind[conv_name] = 'static'
     of_timm = timm.create_model(static_name(name), device='meta').named_modules()
     in_block = re.compile(r'layer\d\.\d+\.conv\d|blocks\.\d\.\d\.conv(_pw|_dw|_pwl)?')
+    if 'mobilenetv2' in name:
+        in_block = re.compile(f'{in_block.pattern}|conv_head')
     assert kind == {
         conv_name: 'dynamic' if in_block.fullmatch(conv_name) else 'static'
         for conv_name, conv in of_timm if isinstance(conv, nn.Conv2d)
