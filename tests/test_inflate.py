@@ -191,7 +191,8 @@ def create(tmp_path):
 @pytest.mark.parametrize('name, static_name', [
     *((f'resnet18_{method}', 'resnet18') for method in ('cond', 'dy', 'od', 'fmd')),
     ('resnet50_fmd', 'resnet50'), ('resnet18_fmd_cifar', 'resnet18_cifar'),
-    ('mobilenetv3_small_100_dy', 'mobilenetv3_small_100'), ('mobilenetv3_small_100_fmd', 'mobilenetv3_small_100'),
+    ('mobilenetv2_050_od', 'mobilenetv2_050'), ('mobilenetv3_small_100_dy', 'mobilenetv3_small_100'),
+    ('mobilenetv3_small_100_fmd', 'mobilenetv3_small_100'),
 ])
 def test_create_model_inflates_a_static_checkpoint_and_says_so(name, static_name, create, caplog):
     static = make_static(static_name)
@@ -236,7 +237,8 @@ INFLATED = [name for name in timm.list_models(include_tags=True) if '.inflated_'
 
 def test_there_is_an_inflated_tag_of_every_224_px_network():
     assert {name.partition('.')[0] for name in INFLATED} == {
-        *(f'resnet{depth}_{method}' for depth in (18, 50) for method in ('cond', 'dy', 'od', 'fmd')),
+        *(f'{name}_{method}' for method in ('cond', 'dy', 'od', 'fmd') for name in (
+            'resnet18', 'resnet34', 'resnet50', 'resnet101', 'mobilenetv2_050', 'mobilenetv2_100')),
         'mobilenetv3_small_100_dy', 'mobilenetv3_small_100_fmd',
     }
 

@@ -22,7 +22,8 @@ from fmd_timm.models._pretrained import MODULES
 METHODS = dict(cond=CondConv2d, dy=DyConv2d, od=ODConv2d, fmd=FMDConv2d)
 ALL_MODELS = timm.list_models(module=MODULES)
 # Every method on one architecture and every architecture with one method; the other combinations take minutes.
-FAST = re.compile(r'resnet18_(cond|dy|od|fmd)|resnet(18|50)_fmd(_cifar)?|resnet18_cifar|mobilenetv3_.*|mobilenetv2_050_od')
+FAST = re.compile(
+    r'resnet18_(cond|dy|od|fmd)|resnet(18|50)_fmd(_cifar)?|resnet18_cifar|mobilenetv3_.*|mobilenetv2_050_od')
 
 
 def models(pattern):
@@ -44,6 +45,8 @@ def make_model(name, **kwargs):
     args = dict(num_classes=5)
     if name.startswith('resnet'):
         args.update(channels=(8, 16, 32, 64), layers=(2, 1, 1, 1), zero_init_last=False)
+    if name.startswith('mobilenetv2'):  # each BatchNorm over two pooled values makes differences larger
+        args.update(depth_multiplier=0.3)  # a block a stage
     return timm.create_model(name, **dict(args, **kwargs))
 
 
@@ -187,7 +190,8 @@ def test_intermediates_are_those_of_the_network_also_after_pruning(name):
     model, x = make_model(name).eval(), make_images()
     final, intermediates = model.forward_intermediates(x)
     torch.testing.assert_close(final, model.forward_features(x))
-    torch.testing.assert_close(intermediates[-1], final)
+    if 'mobilenetv2' not in name:  # whose last 1x1 comes after them
+        torch.testing.assert_close(intermediates[-1], final)
     chosen = model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
     torch.testing.assert_close(chosen, [intermediates[1], intermediates[3]])
     assert model.prune_intermediate_layers([1, 2]) == [1, 2]
@@ -267,9 +271,9 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 @pytest.mark.parametrize('name', MODELS)
 def test_parameters_of_a_block_are_one_group(name, coarse):
     groups = group_parameters(make_model(name), make_model(name).group_matcher(coarse=coarse), reverse=True)
-    block, count = (r'layer\d', 4) if name.startswith('resnet') else (r'blocks\.\d', 6)
+    block, count = (r'layer\d', 4) if name.startswith('resnet') else (r'blocks\.\d', 7 if 'v2' in name else 6)
     if not coarse:
-        block, count = rf'{block}\.\d', {4: 5, 6: 12}[count]
+        block, count = rf'{block}\.\d', {4: 5, 6: 12, 7: 8}[count]
     blocks = {}
     for parameter, group in groups.items():
         if match := re.match(block, parameter):
@@ -312,8 +316,8 @@ def test_norm_layer_replaces_the_norms_outside_the_attention(name):
 
 
 @pytest.mark.parametrize('name', models('mobilenet'))
-def test_kernels_of_mobilenetv3_are_initialised_as_those_of_timm(name):
-    static = timm.create_model('mobilenetv3_small_100')
+def test_kernels_of_mobilenets_are_initialised_as_those_of_timm(name):
+    static = timm.create_model(static_name(name))
     for key, conv in timm.create_model(name).named_modules():
         if isinstance(conv, DynamicConv2d):
             for kernel in conv.weight.chunk(4):
@@ -323,7 +327,7 @@ def test_kernels_of_mobilenetv3_are_initialised_as_those_of_timm(name):
 
 
 @pytest.mark.parametrize('name', models('mobilenet'))
-def test_features_of_mobilenetv3_can_be_dilated(name):
+def test_features_of_mobilenets_can_be_dilated(name):
     state = make_model(name).state_dict()
     model = make_model(name, features_only=True, output_stride=16)
     model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()})
@@ -334,7 +338,7 @@ def test_features_of_mobilenetv3_can_be_dilated(name):
 @pytest.mark.parametrize('name', RESNETS)
 def test_zero_init_last_closes_the_residual_branches(name, zero_init_last):
     model = make_model(name, zero_init_last=zero_init_last)
-    last = 'bn2' if name.startswith('resnet18') else 'bn3'
+    last = 'bn2' if name.startswith(('resnet18', 'resnet34')) else 'bn3'
     for stage in model.layer1, model.layer2, model.layer3, model.layer4:
         for block in stage:
             assert (getattr(block, last).weight == (0 if zero_init_last else 1)).all()
