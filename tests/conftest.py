@@ -17,15 +17,18 @@ if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
 # Libraries read these variables when they are imported.
 HUB, CLIENTS_HOME = HubServer(), tempfile.TemporaryDirectory()
 redirect_clients(os.environ, HUB.endpoint, CLIENTS_HOME.name)
+gc.disable()  # while modules are imported, which stay
 
 import pytest  # noqa: E402
 
 # PyTorch is imported in the fixtures, for pytest-xdist's controller reads this file too, and runs no test.
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
     """Modules and tests stay to the end. Looking for garbage among them would take a third of a second, often."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(params=['per_kernel', 'im2col', 'per_image', 'per_image_in_groups'])
