@@ -24,6 +24,24 @@ import pytest  # noqa: E402
 # PyTorch is imported in the fixtures, for pytest-xdist's controller reads this file too, and runs no test.
 
 
+GRAPHS = 'test_graphs', 'test_inference', 'test_decomposition', 'test_layers', 'test_export', 'test_exported'
+
+
+def pytest_collection_modifyitems(items):
+    """Each file is for one worker of pytest-xdist, which makes its fixtures once.
+
+    So are all that start the fork server of tests/processes.py, and those that compile and export networks: the first
+    one takes ten seconds more. They take longest and come first.
+    """
+    groups = {}
+    for item in items:
+        uses_processes = hasattr(item.module, 'processes')
+        group = 'processes' if uses_processes else 'graphs' if item.path.stem in GRAPHS else item.path.stem
+        groups.setdefault(group, []).append(item)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items[:] = sum((groups.pop(group, []) for group in ('processes', 'graphs', *groups)), [])
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop():
     """Modules and tests stay to the end. Looking for garbage among them would take a third of a second, often."""

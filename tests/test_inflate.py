@@ -79,7 +79,7 @@ def test_logits_are_those_of_the_static_network_at_any_temperature(name, method)
 ])
 def test_every_family_of_make_dynamic_can_be_inflated(name, method):
     static = make_static(name).double()
-    model = inflate(static, method)
+    model = inflate(static, method, num_kernels=2)
     assert len(dynamic_convs(model)) > 5
     assert_same(model, static, 1e-9)
 
@@ -264,18 +264,19 @@ def test_a_network_with_random_weights_has_no_configuration_of_a_checkpoint():
 
 
 def test_pretrained_downloads_the_static_checkpoint_of_timm_and_inflates_it(hub, caplog):
-    static = timm.create_model('resnet18').eval()
+    narrow = dict(NARROW, num_classes=1000)
+    static = timm.create_model('resnet18', **narrow).eval()
     repo = hub.repos['timm/resnet18.a1_in1k'] = Repo()
     repo.commits.append(Commit({'model.safetensors': save(static.state_dict())}, 'first'))
     with caplog.at_level(logging.WARNING):
-        model = timm.create_model('resnet18_fmd', pretrained=True).eval()
+        model = timm.create_model('resnet18_fmd', pretrained=True, **narrow).eval()
     assert 'resnet18_fmd: inflated from timm/resnet18.a1_in1k, a static network. The attention is ' in caplog.text
     cfg = model.pretrained_cfg
     assert (cfg['tag'], cfg['crop_pct'], cfg['interpolation']) == ('inflated_a1_in1k', 0.95, 'bicubic')
     assert_same(model, static, 1e-4)
-    assert timm.create_model('resnet18_dy', pretrained=True, num_classes=7, in_chans=1).num_classes == 7
+    assert timm.create_model('resnet18_dy', pretrained=True, num_classes=7, in_chans=1, **NARROW).num_classes == 7
     with pytest.raises(RuntimeError, match='resnet50_fmd could not be loaded from the Hub repository timm/resnet50.a1'):
-        timm.create_model('resnet50_fmd', pretrained=True)
+        timm.create_model('resnet50_fmd', pretrained=True, **narrow)
 
 
 def test_a_published_checkpoint_comes_before_the_inflated_ones(monkeypatch, tmp_path):

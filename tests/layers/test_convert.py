@@ -24,6 +24,8 @@ def make_images(**kwargs):
 
 def make_model(name, method=FMDConv2d, **kwargs):
     torch.manual_seed(0)
+    if name == 'densenet121':
+        kwargs.update(block_config=(2, 2, 2, 2), growth_rate=8)
     model = timm.create_model(name, **dict(dict(num_classes=5) if 'features_only' not in kwargs else {}, **kwargs))
     return model, make_dynamic(model, method, num_kernels=2)
 

@@ -71,6 +71,7 @@ def test_all_processes_leave_out_the_same_images(folder, tmp_path):
 
 @pytest.mark.parametrize('num_workers', [0, 1])
 def test_above_the_bound_a_broken_image_stops_the_run_when_it_comes(folder, num_workers, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.5)  # after which its process ends
     monkeypatch.setattr(_broken, 'CHECKED_IMAGES', 31)
     with pytest.raises(SystemExit, match=r"^.* split 'test': the image in row 0 \(.*a/00.png\)"):
         run(options(folder), tmp_path / 'checked')

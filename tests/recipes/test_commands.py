@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 from _arguments import METHODS
 
@@ -51,6 +52,11 @@ def test_no_command_is_left_out():
 @pytest.mark.parametrize('command', COMMANDS)
 def test_a_typo_is_answered_before_torch_is_imported(command):
     assert run_command(command, *COMMANDS[command]) == (2, set())
+
+
+def test_accelerate_launches_a_recipe():
+    done = processes.run('-m', 'accelerate.commands.launch', RECIPES / 'train.py', *COMMANDS['train'])
+    assert done.returncode and 'error: unrecognized arguments: --learning-rate 1' in done.stderr
 
 
 @pytest.mark.parametrize('command, arguments, message', [

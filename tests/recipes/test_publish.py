@@ -45,9 +45,8 @@ def train_run(checkout, folder):
     digits['train'].select(range(64)).to_parquet(checkout / 'images' / 'train.parquet')
     digits['test'].select(range(50)).to_parquet(checkout / 'images' / 'test.parquet')
     done = run_in(
-        checkout, '-m', 'accelerate.commands.launch', 'recipes/train.py', 'digits', '--model', ARCHITECTURE,
-        '--dataset', 'images', '--image-size', '64', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '32',
-        '--output', folder,
+        checkout, 'recipes/train.py', 'digits', '--model', ARCHITECTURE, '--dataset', 'images',
+        '--image-size', '64', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '32', '--output', folder,
     )
     assert done.returncode == 0, done.stderr
     save_logits(timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), folder)

@@ -197,7 +197,8 @@ def test_what_cannot_be_streamed_is_refused(hub, tmp_path):
             _data.open_images(make_recipe(name, streaming=True, batch_size=1))
 
 
-def test_a_connection_that_breaks_is_tried_again(hub, numbers):
+def test_a_connection_that_breaks_is_tried_again(hub, numbers, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', lambda seconds: None)  # before it is
     images = _data.open_images(make_recipe(numbers, streaming=True))['train']
     for status in None, 503:
         hub.fail('GET .*parquet', status, times=1)

@@ -48,14 +48,14 @@ def test_a_record_says_how_long_the_device_waited_for_images(digits_folder, tmp_
     read = _data.LabelledImages.read
 
     def slowly(self, row):
-        time.sleep(0.005)
+        time.sleep(0.002)
         return read(self, row)
 
     monkeypatch.setattr(_data.LabelledImages, 'read', slowly)
     result = run(make_recipe(digits_folder, aa='rand-m5'), tmp_path)
     leg, = result['legs']
     for seconds, waited in zip(leg['epoch_seconds'], leg['data_wait_seconds'], strict=True):
-        assert 64 * 0.005 <= waited <= seconds
+        assert 64 * 0.002 <= waited <= seconds
     assert result['data_wait_share'] == leg['data_wait_seconds'][1] / leg['epoch_seconds'][1]
 
 
