@@ -16,11 +16,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fmd_timm import FMDConv2d, make_dynamic, set_temperature
 
+ONE_BLOCK = 1, 1, 1, 1
 NETWORKS = {
     'basic': ('resnet18_fmd', {}),
     'bottleneck': ('resnet50_fmd', {}),
-    'one_kernel': ('resnet18_fmd', dict(num_kernels=1)),
-    'conv_bias': ('resnet18_fmd', dict(conv_bias=True)),
+    'one_kernel': ('resnet18_fmd', dict(num_kernels=1, layers=ONE_BLOCK)),
+    'conv_bias': ('resnet18_fmd', dict(conv_bias=True, layers=ONE_BLOCK)),
 }
 pytestmark = pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning', 'ignore:.torch.jit:DeprecationWarning')
 
@@ -86,7 +87,7 @@ def test_script_follows_the_temperature_of_its_model(model):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('name', ['resnet18_cond', 'resnet18_dy', 'resnet18_od', 'resnet18_fmd'])
 def test_evaluated_network_can_be_traced_by_torch_fx(name, dtype):
-    model = make_network(name).to(dtype)
+    model = make_network(name, layers=ONE_BLOCK).to(dtype)
     graph = torch.fx.symbolic_trace(model)
     for traced in graph, pickle.loads(pickle.dumps(graph)):
         for batch, size in (1, 32), (3, 64):
@@ -146,7 +147,7 @@ def test_feature_extractor_of_timm_finds_the_same_features(model):
 
 
 def test_network_compiles_once_for_several_images_and_once_for_one():
-    model, counter = make_network(layers=(1, 1, 1, 1)).double().train(), CompileCounterWithBackend('eager')
+    model, counter = make_network(layers=ONE_BLOCK).double().train(), CompileCounterWithBackend('eager')
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for batch in 2, 3, 5, 1, 4:
         x = torch.randn(batch, 3, 64, 64, dtype=torch.float64)

@@ -98,7 +98,7 @@ train.main(**vars(train.parse_train(sys.argv[1:])))
 
 
 def run_training(count, folder, *options):
-    """The run record and the weights of two epochs of the digits in so many processes."""
+    """The run record and the weights of two epochs of the digits in so many processes, unless the options say so."""
     folder.mkdir()
     script, output = folder / 'script.py', folder / 'run'
     script.write_text(SCRIPT)
@@ -108,7 +108,8 @@ def run_training(count, folder, *options):
     return json.loads((output / 'result.json').read_text()), load_file(output / 'model.safetensors')
 
 
-@pytest.mark.parametrize('loss', [('--class-weights',), ('--bce-loss', '--bce-target-thresh', 0.2)])
+@pytest.mark.parametrize('loss', [
+    ('--class-weights',), ('--bce-loss', '--bce-target-thresh', 0.2, '--epochs', 1)])
 def test_two_processes_end_with_the_metrics_and_the_weights_of_one(loss, digits_folder, tmp_path):
     """Though they also take two passes for a step: with averaged weights, mixup, CutMix and a limit of gradients."""
     options = ('--dataset', digits_folder, '--batch-size', 16, '--hflip', 0.5, '--warmup-epochs', 0, '--clip-grad', 1.0,
@@ -148,7 +149,7 @@ except SystemExit as error:
 @pytest.mark.parametrize('option, tolerance', [
     (('--comm-hook', 'fp16'), 2e-2), pytest.param(('--compile',), 1e-3, marks=pytest.mark.slow)])
 def test_compressed_gradients_and_compiled_networks_train_as_others_do(option, tolerance, digits_folder, tmp_path):
-    options = '--dataset', digits_folder, '--batch-size', 16, '--ema-decay', 0.9, '--keep-statistics'
+    options = '--dataset', digits_folder, '--batch-size', 16, '--ema-decay', 0.9, '--keep-statistics', '--epochs', 1
     expected, weights = run_training(PROCESSES, tmp_path / 'plain', *options)
     record, theirs = run_training(PROCESSES, tmp_path / 'other', *options, *option)
     assert record['loss'] == pytest.approx(expected['loss'], rel=tolerance)
