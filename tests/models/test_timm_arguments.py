@@ -83,7 +83,7 @@ def assert_is_the_network_of_timm(model, static):
 @pytest.mark.parametrize('name, static, args', [
     *(('resnet18_fmd', 'resnet18', args) for args in RESNET + IMAGENET_STEM),
     *(('resnet50_od', 'resnet50', args) for args in BOTTLENECK),
-    *(('resnet18_fmd_cifar', 'resnet18_cifar', args) for args in RESNET),
+    *(pytest.param('resnet18_fmd_cifar', 'resnet18_cifar', args, marks=pytest.mark.slow) for args in RESNET),
     *(('mobilenetv3_small_100_fmd', 'mobilenetv3_small_100', args) for args in MOBILENET),
 ], ids=str)
 def test_arguments_of_timm_reach_the_network(name, static, args):

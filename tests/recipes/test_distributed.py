@@ -109,7 +109,8 @@ def run_training(count, folder, *options):
 
 
 @pytest.mark.parametrize('loss', [
-    ('--class-weights',), ('--bce-loss', '--bce-target-thresh', 0.2, '--epochs', 1)])
+    ('--class-weights',),
+    pytest.param(('--bce-loss', '--bce-target-thresh', 0.2, '--epochs', 1), marks=pytest.mark.slow)])
 def test_two_processes_end_with_the_metrics_and_the_weights_of_one(loss, digits_folder, tmp_path):
     """Though they also take two passes for a step: with averaged weights, mixup, CutMix and a limit of gradients."""
     options = ('--dataset', digits_folder, '--batch-size', 16, '--hflip', 0.5, '--warmup-epochs', 0, '--clip-grad', 1.0,

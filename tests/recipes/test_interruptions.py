@@ -74,11 +74,11 @@ def uninterrupted(recipe, tmp_path_factory):
 
 @pytest.mark.parametrize('module, function, call, number, where', [
     (_training, 'train_step', 1, signal.SIGINT, 'epoch 1, step 1'),
-    (_training, 'train_step', 4, signal.SIGTERM, 'epoch 1, step 3'),
-    (_training, 'train_step', 8, signal.SIGTERM, 'epoch 1, step 4'),
+    pytest.param(_training, 'train_step', 4, signal.SIGTERM, 'epoch 1, step 3', marks=pytest.mark.slow),
+    pytest.param(_training, 'train_step', 8, signal.SIGTERM, 'epoch 1, step 4', marks=pytest.mark.slow),
     (_training, 'train_step', 12, signal.SIGINT, 'epoch 2, step 3'),
     (_loop, 'score', 1, signal.SIGTERM, 'epoch 1, step 4'),
-    (_loop, 'score', 2, signal.SIGINT, 'epoch 2, step 4'),
+    pytest.param(_loop, 'score', 2, signal.SIGINT, 'epoch 2, step 4', marks=pytest.mark.slow),
     (_loop, 'learning_rate', 1, signal.SIGTERM, 'epoch 2, step 1'),  # between the last image and the next step
     (_loop, 'learning_rate', 2, signal.SIGTERM, 'epoch 2'),  # which does not come
     (_checkpoints, 'save', 1, signal.SIGINT, 'epoch 2'),
