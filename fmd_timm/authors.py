@@ -6,6 +6,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .layers import DynamicConv2d, FMDAttention, FMDConv2d, ODConv2d, ODConvAttention
+from .models import DynamicMobileNetV2
 
 __all__ = ['load_authors_state_dict']
 
@@ -15,18 +16,22 @@ Parts = list[tuple[str, tuple[int, ...]]]  # the authors' key and shape of each 
 def load_authors_state_dict(module_or_model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Load a state_dict with the authors' names and shapes into an `FMDConv2d`, an `ODConv2d` or a whole network.
 
-    Outside the dynamic convolutions their networks and ours use the same names. Their checkpoints hold no temperatures,
-    and those of `module_or_model` are kept: set them with `set_temperature` (FMDConv's kernel temperature is always 34,
-    that of its gates and that of ODConv is what their schedule had reached, 1 at its end).
+    Outside the dynamic convolutions their ResNets have the names of ours, and their MobileNetV2 those of torchvision.
+    Their checkpoints hold no temperatures, and those of `module_or_model` are kept: set them with `set_temperature`
+    (FMDConv's kernel temperature is always 34, that of its gates and that of ODConv is what their schedule had reached,
+    1 at its end).
 
     Args:
-        module_or_model: A layer, or a network such as `resnet18_od`, or `resnet18_fmd` with `conv_bias=True`.
+        module_or_model: A layer, or a network such as `resnet18_od`, `mobilenetv2_100_od`, or `resnet18_fmd` with
+            `conv_bias=True`.
         state_dict: The authors' state_dict.
 
     Raises:
         ValueError: Keys are missing or unexpected, or a shape does not fit; names them all. Nothing is loaded then.
     """
     target = module_or_model.state_dict()
+    if isinstance(module_or_model, DynamicMobileNetV2):
+        state_dict = _with_names_of_timm(state_dict, module_or_model)
     parts_of = {key: [(key, tuple(tensor.shape))] for key, tensor in target.items()}
     without_effect = set()
     for name, conv in module_or_model.named_modules():
@@ -55,6 +60,25 @@ def load_authors_state_dict(module_or_model: nn.Module, state_dict: dict[str, Te
         for key, parts in parts_of.items() if parts
     }
     module_or_model.load_state_dict(converted, strict=False)
+
+
+def _with_names_of_timm(state_dict: dict[str, Tensor], model: DynamicMobileNetV2) -> dict[str, Tensor]:
+    """The state_dict of ODConv's MobileNetV2, whose modules have torchvision's names, with those of timm's."""
+    blocks = [(f'blocks.{i}.{j}', block) for i, stage in enumerate(model.blocks) for j, block in enumerate(stage)]
+    ours = {'features.0.0': 'conv_stem', 'features.0.1': 'bn1', 'classifier.1': 'classifier'}
+    for number, (name, block) in enumerate(blocks, 1):
+        layers = [f'{name}.{key}' for key, _ in block.named_children() if key.startswith(('conv', 'bn'))]
+        for index, (conv, norm) in enumerate(zip(layers[::2], layers[1::2])):
+            prefix = f'features.{number}.conv.{index}'
+            is_last = conv == layers[-2]  # which has no activation behind it, and so no Sequential of its own
+            ours[prefix if is_last else f'{prefix}.0'] = conv
+            ours[f'features.{number}.conv.{index + 1}' if is_last else f'{prefix}.1'] = norm
+    ours |= {f'features.{len(blocks) + 1}.0': 'conv_head', f'features.{len(blocks) + 1}.1': 'bn2'}
+    renamed = {}
+    for key, tensor in state_dict.items():
+        theirs = next((name for name in ours if key.startswith(f'{name}.')), None)
+        renamed[key if theirs is None else ours[theirs] + key.removeprefix(theirs)] = tensor
+    return renamed
 
 
 def _authors_parts(conv: DynamicConv2d) -> dict[str, Parts]:

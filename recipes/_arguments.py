@@ -192,6 +192,18 @@ def parse_export(argv: list[str], description: str | None = None) -> argparse.Na
     return args
 
 
+def parse_convert(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('checkpoint', type=path, help='file of torch.save')
+    parser.add_argument('--model', type=name, required=True, help='resnet18_od, mobilenetv2_100_od, resnet18_fmd, ...')
+    parser.add_argument('--output', type=path, metavar='FOLDER', help='for the result (runs/<model>)')
+    args = parser.parse_args(argv)
+    if args.model.split('_')[-1] not in ('od', 'fmd'):
+        raise SystemExit(f'--model must be a network of ODConv or FMDConv, got {args.model!r}')
+    args.output = args.output or Path('runs', args.model)
+    return args
+
+
 def parse_publish(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
     parser.add_argument('--run', type=path, required=True, help='folder that training wrote')

@@ -60,12 +60,15 @@ class AuthorsODConv2d(nn.Module):
         super().__init__()
         K, O, I = 4, conv.out_channels, conv.in_channels
         A, k = max(I // 16, 16), conv.kernel_size[0]
+        is_depthwise = conv.groups == I == O
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.weight = nn.Parameter(torch.empty(K, *conv.weight.shape))
         self.attention = nn.ModuleDict(dict(
             fc=nn.Conv2d(I, A, 1, bias=False), bn=nn.BatchNorm2d(A), channel_fc=nn.Conv2d(A, I, 1),
-            filter_fc=nn.Conv2d(A, O, 1), kernel_fc=nn.Conv2d(A, K, 1),
+            kernel_fc=nn.Conv2d(A, K, 1),
         ))
+        if not is_depthwise:
+            self.attention['filter_fc'] = nn.Conv2d(A, O, 1)
         if k > 1:
             self.attention['spatial_fc'] = nn.Conv2d(A, k * k, 1)
 
@@ -80,7 +83,8 @@ class AuthorsODConv2d(nn.Module):
         for image, share, tap in zip(x * torch.sigmoid(logits['channel_fc']), kernel_attn, taps):
             weight = tap * sum(share[k] * self.weight[k] for k in range(4))
             images.append(F.conv2d(image[None], weight, None, self.stride, self.padding, self.dilation, self.groups)[0])
-        return torch.stack(images) * torch.sigmoid(logits['filter_fc'])
+        y = torch.stack(images)
+        return y * torch.sigmoid(logits['filter_fc']) if 'filter_fc' in logits else y
 
 
 @functools.cache
@@ -110,6 +114,12 @@ def make_theirs(name, layer=AuthorsFMDConv2d, **kwargs):
             for key, conv in list(block.named_children()):
                 if isinstance(conv, nn.Conv2d):
                     setattr(block, key, layer(conv))
+    make_random(model)
+    return model
+
+
+def make_random(model):
+    """Every parameter and statistic, in float64."""
     model.double()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -124,7 +134,6 @@ def make_theirs(name, layer=AuthorsFMDConv2d, **kwargs):
                 tensor.normal_(std=(2 / tensor[0].numel()) ** 0.5)
             else:
                 tensor.normal_()
-    return model
 
 
 def assert_close(actual, expected):
@@ -146,11 +155,51 @@ def test_network_with_the_authors_checkpoint_equals_theirs(case, training, imple
         assert_close(found[key], value)
 
 
-@pytest.mark.parametrize('name, millions', [('resnet18_od', 44.90), ('resnet50_od', 90.67)])
-def test_odconv_networks_have_as_many_parameters_as_those_of_the_authors(name, millions):
-    """As github.com/OSVAI/ODConv states for "+ ODConv (4x)"."""
-    model = timm.create_model(name, device='meta')
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+class AuthorsMobileNetV2(nn.Module):
+    """torchvision's names: every layer but the last of a block is a Sequential of convolution, BatchNorm and ReLU6."""
+
+    def __init__(self, blocks, num_classes):
+        super().__init__()
+
+        def layer(inputs, outputs, kernel_size=1, stride=1, groups=1, wrap=AuthorsODConv2d):
+            conv = nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+            return nn.Sequential(wrap(conv), nn.BatchNorm2d(outputs), nn.ReLU6())
+
+        features, channels = [layer(3, 16, 3, 2, wrap=lambda conv: conv)], 16
+        for ratio, outputs, stride in blocks:
+            hidden = ratio * channels
+            expansion = [layer(channels, hidden)] if ratio > 1 else []
+            projection = layer(hidden, outputs)[:2]
+            block = nn.Module()
+            block.conv = nn.Sequential(*expansion, layer(hidden, hidden, 3, stride, hidden), *projection)
+            features.append(block)
+            channels = outputs
+        self.features = nn.Sequential(*features, layer(channels, 1280))
+        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(1280, num_classes))
+
+    def forward(self, x):
+        for block in self.features:
+            y = block.conv(x) if hasattr(block, 'conv') else block(x)
+            x = x + y if x.shape == y.shape else y
+        return self.classifier(x.mean((2, 3)))
+
+
+def test_a_mobilenetv2_of_odconv_equals_theirs():
+    stages = [(1, 8, 1, 1), (6, 16, 1, 2), (6, 16, 1, 2), (6, 32, 2, 2), (6, 48, 1, 1), (6, 80, 1, 2), (6, 160, 1, 1)]
+    blocks = [(ratio, outputs, 1 if i else stride) for ratio, outputs, n, stride in stages for i in range(n)]
+    theirs = AuthorsMobileNetV2(blocks, num_classes=7)
+    make_random(theirs)
+    model = timm.create_model('mobilenetv2_050_od', num_classes=7, depth_multiplier=0.3).double()
+    load_authors_state_dict(model, theirs.state_dict())
+    set_temperature(model, kernel=KERNEL_TEMPERATURE, gate=GATE_TEMPERATURE)
+    expected = run(theirs, training=False)
+    found = run(model, training=False)
+    assert_close(found['logits'], expected['logits'])
+    assert_close(found['gradient'], expected['gradient'])
+    state_dict = dict(theirs.state_dict(), extra=torch.ones(1))
+    del state_dict['features.1.conv.1.weight']
+    with pytest.raises(ValueError, match=r"missing keys \['blocks.0.0.conv_pw.weight'\], unexpected keys \['extra'\]"):
+        load_authors_state_dict(model, state_dict)
 
 
 def test_network_without_bias_refuses_the_checkpoint_and_names_the_biases():
