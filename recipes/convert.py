@@ -57,8 +57,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         saved = saved.get('state_dict', saved)
         weights = {name.removeprefix('module.'): tensor for name, tensor in saved.items()}
-    except (OSError, UnpicklingError, RuntimeError, AttributeError) as error:
-        raise SystemExit(f'{path} can not be read as weights alone: {error}') from error
+    except UnpicklingError as error:  # whose text says how to load the file all the same
+        raise SystemExit(f'{path} is not loaded: it is no file of torch.save, or holds more than weights') from error
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise SystemExit(f'{path} can not be read as weights: {error}') from error
     if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise SystemExit(f'{path} must hold tensors by their names, or such a state_dict')
     return weights

@@ -59,7 +59,7 @@ def test_a_checkpoint_of_the_authors_is_loaded_by_timm(model, args, temperature,
 
 
 @pytest.mark.parametrize('saved, model, message', [
-    (argparse.Namespace(), 'resnet18_od', 'can not be read as weights alone: .*argparse.Namespace'),
+    (argparse.Namespace(), 'resnet18_od', 'is not loaded: .* holds more than weights'),
     (dict(weights=3), 'resnet18_od', 'must hold tensors by their names'),
     (dict(weight=torch.ones(2)), 'resnet18_od', 'has no dynamic convolution: expected kernels of 5 dimensions'),
     ({'conv.weight': torch.ones(2, 1, 1, 1, 1)}, 'resnet18_od', r"is not of a resnet18_od: .*unexpected keys \['conv"),
@@ -74,6 +74,6 @@ def test_what_is_no_checkpoint_of_the_authors_is_refused(saved, model, message, 
 
 def test_a_file_that_is_not_there_or_none_of_torch_is_named(narrow, tmp_path):
     (tmp_path / 'text.pth').write_text('weights')
-    for name in 'text.pth', 'none.pth':
-        with pytest.raises(SystemExit, match=f'{name} can not be read as weights alone: '):
+    for name, message in ('text.pth', 'is not loaded: it is no file of torch.save'), ('none.pth', 'can not be read'):
+        with pytest.raises(SystemExit, match=f'{name} {message}'):
             convert.main(tmp_path / name, 'resnet18_od', tmp_path / 'ours')
