@@ -28,6 +28,7 @@ COMMANDS = dict(
     _timing=['digits', '--models', 'resnet18', '--learning-rate', '1'], _report=['--folder', 'runs'],
     bench=['--modell', 'resnet18'], first_gpu=['--outputs', 'report.md'],
     prepare_data=['digits', 'folder', '--sizes', '8'], export=['runs/digits', '--format', 'onxx'],
+    convert=['resnet18.pth', '--models', 'resnet18_od'],
 )
 
 
