@@ -160,6 +160,9 @@ def _exported(records: list[dict[str, Any]], repo: str, height: int, width: int)
         'Images at a time': lambda r: '1' if r['batch'] == '1' else 'any number',
         'Largest difference': lambda r: f'{r["largest_relative_difference"]:.1e}',
         'Same best class': lambda r: f'{_number(r["top1_agreement"])} of {_number(r["images"])} images',
+        'Compared on': lambda r: f'`{r["compared_on"]}`',
+        'Top-1 accuracy, and in PyTorch': lambda r: ', '.join(
+            '-' if r[name] is None else f'{r[name]:.2f} %' for name in ('top1', 'pytorch_top1')),
         'Latency at batch 1': lambda r: _number(r['infer_ms_per_image'], 'ms'),
         'Hardware': lambda r: r['device'],
     }

@@ -278,7 +278,8 @@ def test_an_exported_file_is_published_with_its_record_and_goes_with_other_weigh
     size = (exported_run / 'model.onnx').stat().st_size / 1e6
     for row in (f'Size | {size:.1f} MB', 'Same best class | 50 of 50 images', f'Hardware | {record["device"]}',
                 f'Runtime | onnxruntime {record["versions"]["onnxruntime"]}', 'Images at a time | 1',
-                f'Largest difference | {record["largest_relative_difference"]:.1e}'):
+                f'Largest difference | {record["largest_relative_difference"]:.1e}',
+                f'Top-1 accuracy, and in PyTorch | {record["top1"]:.2f} %, {record["pytorch_top1"]:.2f} %'):
         assert f'| {row} |' in card.splitlines()
 
     usage, = [code for code in re.findall('^```python\n(.*?)^```$', card, re.DOTALL | re.MULTILINE) if 'onnx' in code]
