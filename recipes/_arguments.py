@@ -221,12 +221,15 @@ def parse_publish(argv: list[str], description: str | None = None) -> argparse.N
 
 
 def parse_bench(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    """models, layers, rounds, table, and data: None, or preset and recipe."""
+    """models, layers, edge, rounds, table, and data: None, or preset and recipe."""
     parser = make_parser(
-        description, usage='bench.py [--models NAME ...] [--layers] [--rounds N] [--table] [--data [preset] [--option '
-        'of train.py ...]]')
-    parser.add_argument('--models', nargs='+', default=['resnet18', 'resnet50'], help='static networks of timm')
+        description, usage='bench.py [--models NAME ...] [--layers] [--edge] [--rounds N] [--table] [--data [preset] '
+        '[--option of train.py ...]]')
+    parser.add_argument(
+        '--models', nargs='+', metavar='NAME', help='static networks of timm (resnet18 resnet50, and '
+        'mobilenetv3_small_100 with --edge)')
     parser.add_argument('--layers', action='store_true', help='time single layers')
+    parser.add_argument('--edge', action='store_true', help='time exported networks in other runtimes')
     parser.add_argument('--data', action='store_true', help='time the loading of the images of a recipe')
     parser.add_argument('--rounds', type=int, default=5, metavar='N', help='measurements of each (5)')
     parser.add_argument('--table', action='store_true', help="print the README's tables")
@@ -235,9 +238,12 @@ def parse_bench(argv: list[str], description: str | None = None) -> argparse.Nam
         raise SystemExit(f'--rounds must be at least 1, got {args.rounds}')
     if of_recipe and not args.data:
         parser.error(f'unrecognized arguments: {" ".join(of_recipe)}')
+    if args.layers + args.edge + args.data > 1:
+        parser.error('--layers, --edge and --data are different measurements: leave out all but one')
     run = parse_recipe(of_recipe) if args.data else None
     if run:
         check_recipe(run.recipe)
+    args.models = args.models or ['resnet18', 'resnet50', *(['mobilenetv3_small_100'] if args.edge else [])]
     return argparse.Namespace(**dict(vars(args), data=run))
 
 

@@ -1,6 +1,7 @@
 """Time dynamic networks against static ones:  python recipes/bench.py [--models resnet18 resnet50] [--layers]
 
 Or the images of a recipe, without training:  python recipes/bench.py --data imagenet [--dataset FOLDER ...]
+Or exported networks in other runtimes:  python recipes/bench.py --edge [--models resnet18 ...]
 
 Training steps and inference at 224 px on whatever device there is: timm's static network, ours, ours prepared for
 inference, ours as the authors compute it (a grouped convolution over the kernels of all images), and the other methods.
@@ -20,21 +21,20 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_bench(sys.argv[1:], __doc__)
 
 import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import _bench_data
+import _bench_edge
 import timm
 import torch
 import torch.nn.functional as F
 from _accelerator import usable_cores
-from _measure import synchronize
 from _record import circumstances, device_name, read_json, write_for_device
+from _turns import STATIC, ratio, take_turns
 from torch import nn
-from tqdm import tqdm
 
 from fmd_timm import DynamicConv2d, prepare_for_inference
 from fmd_timm.ops import im2col, per_image, per_kernel, reference
@@ -43,7 +43,6 @@ from fmd_timm.ops.operator import algorithms
 
 RESULTS = Path(__file__).parent / 'results' / 'bench'
 IMAGE_SIZE = 224  # pixels
-STATIC = 'static', 'static channels_last'
 WHAT = {  # case of the table -> its label, the variant that it is about
     'train': ('training step', 'fmd timed'),
     'infer': ('inference', 'fmd prepared'),
@@ -126,35 +125,6 @@ def variants(name: str, mode: str, batch: int, device: torch.device) -> dict[str
     return runs
 
 
-def take_turns(
-        runs: dict[str, Callable[[], None]], device: torch.device, rounds: int, label: str,
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Milliseconds of each run in each round, after one that warms up, and the peak memory of the device in MiB."""
-    milliseconds, peak = {name: [] for name in runs}, {}
-    bar = tqdm(total=(1 + rounds) * len(runs), desc=label, leave=False, mininterval=1)
-    repeats = dict.fromkeys(runs, 1)
-    for turn in range(1 + rounds):
-        for name in runs if turn % 2 else reversed(runs):
-            if device.type == 'cuda':
-                torch.cuda.reset_peak_memory_stats()
-            runs[name]()  # which has its memory and its data in the caches again, after the others
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                runs[name]()
-            synchronize(device)
-            seconds = (time.perf_counter() - start) / repeats[name]
-            if turn:
-                milliseconds[name].append(1000 * seconds)
-            else:
-                repeats[name] = min(max(int(0.3 / seconds), 1), 100)
-            if device.type == 'cuda':
-                peak[name] = torch.cuda.max_memory_allocated() / 2**20
-            bar.update()
-    bar.close()
-    return milliseconds, peak
-
-
 def cases(device: torch.device) -> list[tuple[str, int, int]]:
     """Mode, batch and threads of the CPU."""
     if device.type == 'cuda':
@@ -177,13 +147,6 @@ def bench_networks(models: list[str], device: torch.device, rounds: int) -> list
             print(f'{label}: ' + ', '.join(
                 f'{run} {ratio(milliseconds, run):.2f}' for run in milliseconds), flush=True)
     return results
-
-
-def ratio(milliseconds: dict[str, list[float]], run: str) -> float:
-    """Median over the rounds of a run's time against the static network's in the same round."""
-    static = min((name for name in milliseconds if name in STATIC), key=lambda name: statistics.median(
-        milliseconds[name]))
-    return statistics.median(a / b for a, b in zip(milliseconds[run], milliseconds[static]))
 
 
 def layers_of(name: str) -> list[dict]:
@@ -277,12 +240,15 @@ def make_table() -> str:
     return '\n'.join(lines).strip()
 
 
-def main(models: list[str], layers: bool, rounds: int, table: bool, data: Namespace | None) -> None:
+def main(models: list[str], layers: bool, edge: bool, rounds: int, table: bool, data: Namespace | None) -> None:
     if table:
-        print(make_table(), _bench_data.make_table(), sep='\n\n')
+        print(make_table(), _bench_data.make_table(), _bench_edge.make_tables(), sep='\n\n')
         return
     if data:
         _bench_data.main(data.preset, data.recipe, rounds)
+        return
+    if edge:
+        _bench_edge.main(models, rounds)
         return
     missing = [name for name in models if not {f'{name}_{method}' for method in METHODS} <= {*timm.list_models()}]
     if missing:

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import _bench_data
+import _bench_edge
 import bench
 import pytest
 import timm
 import torch
 from _arguments import parse_bench
+from _exported import FORMATS
 
 from fmd_timm.ops import c_conv, operator
 
@@ -109,6 +111,7 @@ def test_ratio_is_to_the_faster_static_network_of_the_same_round():
     (['--data', 'digits', '--epochs', '0'], '--epochs must be at least 1, got 0'),
     (['--models', 'resnet18', 'vit_tiny_patch16_224'], 'must have dynamic forms .*, got vit_tiny_patch16_224'),
     (['--models', 'resnet18.a1_in1k'], 'must have dynamic forms .*, got resnet18.a1_in1k'),
+    (['--edge', '--models', 'resnet26'], '--models must have a form with FMDConv, got resnet26'),
 ])
 def test_bad_arguments_are_refused(arguments, message, monkeypatch):
     with pytest.raises(SystemExit, match=message):
@@ -128,6 +131,53 @@ def test_the_loading_of_images_is_timed(monkeypatch, tmp_path, digits_folder, fr
         assert 0 < epoch['first_batch_seconds'] <= 64 / epoch['images_per_second']
     row, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| `digits`, 64 images, 8 px | ')]
     assert row in _bench_data.make_table() and record['images_on_device'] and ' on the device | ' in row
+
+
+@pytest.mark.parametrize('runtime', [
+    'pytorch', pytest.param('onnx', marks=pytest.mark.slow), pytest.param('openvino', marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings('ignore')  # of exporters
+def test_networks_are_timed_in_other_runtimes(monkeypatch, tmp_path, runtime):
+    monkeypatch.setattr(_bench_edge, 'RESULTS', tmp_path)
+    monkeypatch.setattr(_bench_edge, 'IMAGE_SIZE', 32)
+    monkeypatch.setattr(_bench_edge, 'BATCH', 3)
+    monkeypatch.setattr(_bench_edge, 'usable_cores', lambda: 1)
+    monkeypatch.setattr(_bench_edge, 'METHODS', ('fmd',))
+    if runtime == 'pytorch':  # without a new process, which takes seconds
+        monkeypatch.setattr(_bench_edge, 'in_new_process', lambda measure: measure())
+    else:
+        for package in FORMATS[runtime].packages:
+            pytest.importorskip(package)
+    monkeypatch.setattr(_bench_edge, 'installed', lambda: [runtime])
+    run(monkeypatch, '--edge', '--models', 'mobilenetv3_small_100', '--rounds', '2')
+
+    path, = tmp_path.glob('*.json')
+    record = json.loads(path.read_text())
+    stored = {f'fmd {weights}' for weights in _bench_edge.WEIGHTS[runtime]}
+    batches = [1, 3] if runtime in _bench_edge.BATCHED else [1]
+    assert [(case['batch'], case['threads']) for case in record['cases']] == [(batch, 1) for batch in batches]
+    assert set(record['cases'][0]['milliseconds']) == {'static', 'fmd', *stored}
+    assert all(len(times) == 2 for times in record['cases'][-1]['milliseconds'].values())
+    for file in record['files']:
+        assert file['bytes'] > 5e6 and ('resident_mib' in file) == (file['batch'] == '1')
+        assert runtime == 'pytorch' or file.get('resident_mib', 2) > 1  # what is in use already is not counted
+        is_whole = file['variant'] not in stored
+        assert (file['largest_relative_difference'] < 2e-6) == is_whole
+    size = {(file['variant'], file['batch']): file['bytes'] for file in record['files']}
+    assert size['fmd', '1'] > 1.5 * size['static', '1']
+    if runtime == 'openvino':  # which keeps them as float32
+        stored.remove('fmd int8')
+    assert all(size[variant, '1'] < size['fmd', '1'] for variant in stored)
+    tables = _bench_edge.make_tables()
+    label = f'{_bench_edge.LABELS[runtime]}'
+    fmd = bench.ratio(record['cases'][0]['milliseconds'], 'fmd')
+    assert f'| mobilenetv3_small_100, {label}, batch 1, 1 thread | ' in tables and f' ms | **{fmd:.2f}** | ' in tables
+    assert f'| mobilenetv3_small_100, {label} | {size["static", "1"] / 1e6:.1f}, ' in tables
+
+
+def test_a_runtime_that_is_not_installed_is_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(FORMATS, 'openvino', FORMATS['openvino']._replace(packages=('no_such_runtime',)))
+    assert 'openvino' not in _bench_edge.installed()
+    assert 'OpenVINO is left out: this format needs no_such_runtime: pip install' in capsys.readouterr().out
 
 
 def test_the_readme_has_the_tables_of_the_committed_files():
