@@ -19,9 +19,12 @@ __all__ = ['decompose', 'decompositions']
 
 def decompose(
         x: Tensor, weight: Tensor, kernel_attn: Tensor | None, in_attn: Tensor | None, out_attn: Tensor | None,
-        tap_attn: Tensor | None, stride, padding, dilation, groups: int,
+        tap_attn: Tensor | None, stride, padding, dilation, groups: int, by_channel: bool = False,
 ) -> Tensor:
-    """What the operator computes, for any batch and image size. The arguments are the operator's.
+    """What the operator computes, for any batch and image size.
+
+    The arguments are the operator's, and whether the kernel of a single image is mixed by output channels: onnxruntime
+    then needs 0.9 of the time for a ResNet-18, and OpenVINO up to 1.7 of it for a layer.
 
     Where the batch is known to be 1, one kernel is mixed, and one convolution takes it. For any other batch, the kernel
     of each image is multiplied by what its taps see. A convolution can't do that: it has one kernel for all images, and
@@ -32,7 +35,7 @@ def decompose(
     if kernel_attn is None and tap_attn is None:
         y = F.conv2d(images, weight.to(x.dtype), None, stride, padding, dilation, groups)
     else:
-        kernels = _mixed(weight, kernel_attn, tap_attn).to(x.dtype)  # (B, O, i, taps)
+        kernels = _mixed(weight, kernel_attn, tap_attn, by_channel).to(x.dtype)  # (B, O, i, taps)
         if isinstance(x.shape[0], int) and x.shape[0] == 1 and taps > 1:
             kernel = kernels.reshape(-1, *weight.shape[1:])
             y = F.conv2d(images, kernel, None, stride, padding, dilation, groups)
@@ -41,14 +44,22 @@ def decompose(
     return gated(y, out_attn).contiguous(memory_format=memory_format(x))
 
 
-def _mixed(weight: Tensor, kernel_attn: Tensor | None, tap_attn: Tensor | None) -> Tensor:
+def _decompose_for_onnx(*arguments) -> Tensor:
+    return decompose(*arguments, by_channel=True)
+
+
+def _mixed(weight: Tensor, kernel_attn: Tensor | None, tap_attn: Tensor | None, by_channel: bool) -> Tensor:
     """The kernels of the images (B, O, i, taps), in the dtype of `weight`."""
     rows, channels, kh, kw = weight.shape
     if kernel_attn is None:
         kernels = weight
     else:
-        K = kernel_attn.shape[1]
-        rows, kernels = rows // K, torch.mm(kernel_attn.to(weight.dtype), weight.reshape(K, -1))
+        B, K = kernel_attn.shape
+        rows, shares = rows // K, kernel_attn.to(weight.dtype)
+        if by_channel and isinstance(B, int) and B == 1:
+            kernels = torch.matmul(shares[None], weight.reshape(K, rows, -1).transpose(0, 1))  # (1, 1, K) (O, K, R)
+        else:
+            kernels = torch.mm(shares, weight.reshape(K, -1))
     kernels = kernels.reshape(-1, rows, channels, kh * kw)
     return kernels if tap_attn is None else kernels * tap_attn.to(weight.dtype)[:, None, None]
 
@@ -93,7 +104,7 @@ def register() -> None:
     operator = torch.ops.fmd_timm.dynamic_conv2d.default
     try:
         from torch._decomp import register_decomposition
-        register_decomposition(operator)(decompose)
+        register_decomposition(operator)(_decompose_for_onnx)
         # Tensors without memory would go through the decomposition too, for images of any size: slower, and compiled
         # networks would be tied to what it asks of the sizes. They prefer what is registered as meta.
         register_decomposition(operator, type='meta')(fake)

@@ -30,7 +30,9 @@ def test_computes_the_same(shape, batch, without):
     for n, name in enumerate(ATTENTION, 2):
         if name in without:
             arguments[n] = None
-    torch.testing.assert_close(decomposition.decompose(*arguments), OPERATOR(*arguments))
+    expected = OPERATOR(*arguments)
+    for by_channel in False, True:
+        torch.testing.assert_close(decomposition.decompose(*arguments, by_channel), expected)
 
 
 @pytest.mark.parametrize('batch', [1, 3])
