@@ -181,5 +181,5 @@ def test_a_runtime_that_is_not_installed_is_left_out(monkeypatch, capsys):
 
 
 def test_the_readme_has_the_tables_of_the_committed_files():
-    for table in bench.make_table(), _bench_data.make_table():
+    for table in bench.make_table(), _bench_data.make_table(), _bench_edge.make_tables():
         assert table and table in README.read_text()
