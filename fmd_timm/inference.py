@@ -39,10 +39,10 @@ def prepare_for_inference(
         model: A network, in any dtype and on any device. One that torch.fx can't trace keeps its BatchNorms.
         inplace: Change `model` itself instead of a copy, which frees its memory.
         example_input: Images (B, C, H, W) such as will be classified, to time everything now and not when they come.
-        kernel_dtype: torch.int16 to keep the kernels of dynamic convolutions in half the bytes of float32: as integers,
-            with a scale for each output channel, which are mixed in the dtype of the network. Each is right to 1.5e-5
-            of the largest one of its channel. float16 would be right to 5e-4 of itself, and have no room for all that
-            folded BatchNorms make of kernels.
+        kernel_dtype: torch.int16 to keep the kernels of dynamic convolutions in half the bytes of float32, torch.int8
+            in a quarter: as integers, with a scale for each output channel, which are mixed in the dtype of the
+            network. Each is right to 1.5e-5 of the largest one of its channel, with int8 to 4e-3. float16 would be
+            right to 5e-4 of itself, and have no room for all that folded BatchNorms make of kernels.
 
     Returns:
         The network in evaluation mode, channels_last, without gradients of its parameters.
@@ -51,8 +51,6 @@ def prepare_for_inference(
         ValueError: A dynamic convolution can't be prepared; names it. Prepare before you quantize. Or kernel_dtype is
             another one.
     """
-    if kernel_dtype not in (None, torch.int16):
-        raise ValueError(f'kernel_dtype must be torch.int16 or None, got {kernel_dtype}')
     model = (model if inplace else copy.deepcopy(model)).eval()
     if isinstance(model, DynamicConv2d):
         model = PreparedConv2d(model, None, kernel_dtype)

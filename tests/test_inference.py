@@ -322,8 +322,8 @@ def test_features_of_a_prepared_network():
             torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
 
 
-def make_integers(model, **kwargs):
-    return prepare_for_inference(model, kernel_dtype=torch.int16, **kwargs)
+def make_integers(model, dtype=torch.int16, **kwargs):
+    return prepare_for_inference(model, kernel_dtype=dtype, **kwargs)
 
 
 def kernels_of(model):
@@ -339,22 +339,23 @@ def test_kernels_of_int16_give_the_same(layer, args, way):
         assert_same(make_integers(net), net, torch.randn(batch, 32, 9, 7), 1e-4)
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.int16, 1e-4), (torch.int8, 2e-2)])
 @pytest.mark.parametrize('name', ['resnet50_fmd', 'mobilenetv3_small_100_fmd'])
-def test_networks_with_kernels_of_int16(name, way):
+def test_networks_with_kernels_of_integers(name, dtype, tolerance, way):
     model = make_model(name)
-    assert_same(make_integers(model), model, make_images(), 1e-4)
+    assert_same(make_integers(model, dtype), model, make_images(), tolerance)
 
 
-def test_kernels_of_int16_take_half_the_bytes(way):
-    model = make_model()
-    sizes = []
-    for prepared in prepare_for_inference(model, inplace=False, example_input=make_images(1)), make_integers(
-            model, example_input=make_images(1)):
-        layers = kernels_of(prepared).values()
+@pytest.mark.parametrize('dtype, of_weights, of_copies', [(torch.int16, 1 / 2, 1 / 2), (torch.int8, 1 / 4, 1 / 2)])
+def test_kernels_of_integers_take_fewer_bytes(dtype, of_weights, of_copies, way):
+    def sizes(kernel_dtype):
+        layers = kernels_of(make_integers(make_model(), kernel_dtype, example_input=make_images(1))).values()
         copies = [layer._made.layer and layer._made.layer.bank for layer in layers]
-        sizes.append([sum(t.nbytes for t in tensors if t is not None) for tensors in (
-            (layer.weight for layer in layers), copies)])
-    assert sizes[0] == [2 * size for size in sizes[1]]
+        return [sum(t.nbytes for t in tensors if t is not None) for tensors in (
+            (layer.weight for layer in layers), copies)]
+
+    weights, copies = sizes(None)
+    assert sizes(dtype) == [of_weights * weights, of_copies * copies]
 
 
 @pytest.mark.parametrize('size', [0, 1e-42, 1e-30, 1e-6, 1e6, 1e30])
@@ -377,13 +378,13 @@ def test_kernels_that_are_not_finite_can_not_be_integers(value):
     model = make_model()
     with torch.no_grad():
         model.layer2[0].conv1.weight[3, 0, 0, 0] = value
-    with pytest.raises(ValueError, match='layer2.0.conv1: its kernels must be finite to be kept as int16'):
+    with pytest.raises(ValueError, match='layer2.0.conv1: its kernels must be finite to be kept as torch.int16'):
         make_integers(model)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.int8, 'int16'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.uint8, 'int16'])
 def test_kernels_of_another_dtype_are_refused(dtype):
-    with pytest.raises(ValueError, match=f'kernel_dtype must be torch.int16 or None, got {dtype}'):
+    with pytest.raises(ValueError, match=f'kernel_dtype must be torch.int16, torch.int8 or None, got {dtype}'):
         prepare_for_inference(make_model(), kernel_dtype=dtype)
 
 

@@ -21,7 +21,7 @@ from .folded import norm_as_affine
 
 __all__ = ['PreparedConv2d']
 
-LARGEST = torch.iinfo(torch.int16).max
+INTEGERS = torch.int16, torch.int8
 
 TIMED_SIZES = 8  # of images, per layer: in a service that gets images of every size, each would be slow the first time
 
@@ -44,12 +44,12 @@ class PreparedConv2d(nn.Module):
     Args:
         conv: The `DynamicConv2d`, whose attention becomes this one's.
         norm: The BatchNorm in evaluation mode, if there is one.
-        kernel_dtype: torch.int16 to keep the K kernels as integers, which `scale`, the largest number of each output
-            channel, makes floats of again; a single kernel stays as it is. None keeps them as they are.
+        kernel_dtype: torch.int16 or torch.int8 to keep the K kernels as integers, which `scale`, the largest number of
+            each output channel, makes floats of again; a single kernel stays as it is. None keeps them as they are.
 
     Raises:
-        ValueError: The attention of the layer was replaced, by quantization for instance; the kernels are to be
-            integers and are not finite.
+        ValueError: The attention of the layer was replaced, by quantization for instance; kernel_dtype is another one,
+            or the kernels are to be integers and are not finite.
     """
 
     def __init__(
@@ -65,13 +65,20 @@ class PreparedConv2d(nn.Module):
             scale = scale.repeat(conv.num_kernels)
             weight = weight * scale[:, None, None, None]
             bias = None if bias is None else bias * scale
-        if kernel_dtype is not None and self.num_kernels > 1:
-            weight, scale = _as_integers(weight, self.num_kernels)
-            self.scale = nn.Parameter(scale)
-        self.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+        self.weight = nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach())
         self.attention = conv.attention.fold()
         self._made: _Made | None = None
+        if kernel_dtype is not None:
+            self.keep_kernels(kernel_dtype)
+
+    def keep_kernels(self, dtype: torch.dtype) -> None:
+        """As `kernel_dtype` of the constructor says."""
+        if dtype not in INTEGERS:
+            raise ValueError(f'kernel_dtype must be torch.int16, torch.int8 or None, got {dtype}')
+        if self.num_kernels > 1:
+            weight, scale = _as_integers(self.weight, self.num_kernels, dtype)
+            self.weight, self.scale = nn.Parameter(weight, requires_grad=False), nn.Parameter(scale)
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = *self._parameters.values(), *self.attention._parameters.values()
@@ -101,35 +108,33 @@ class PreparedConv2d(nn.Module):
         return (self.weight if self.scale is None else self.scale).dtype
 
     def _by_operator(self, x: Tensor) -> Tensor:
-        attention, weight = self.attention(x), self.weight
-        if self.scale is not None:
-            scale = (at_least_float32(self.scale) / LARGEST).repeat(self.num_kernels)
-            weight = (weight * scale[:, None, None, None]).to(self.scale.dtype)
-        y = dynamic_conv2d(self._padded(x), weight, *attention, self.bias, *self.conv_args)
+        attention, weight = Attention(*self.attention(x)), self.weight
+        if self.scale is not None:  # numbers up to 1, which stay finite in float16
+            weight = (weight * (1 / torch.iinfo(weight.dtype).max)).to(self.scale.dtype)
+        y = dynamic_conv2d(self._padded(x), weight, *_scaled(attention, self.scale), None, *self.conv_args)
+        if self.bias is not None:
+            y = y + mixed_bias(self.bias, attention.kernel_attn, attention.out_attn).to(y.dtype)[:, :, None, None]
         return y if self.shift is None else y + self.shift.to(y.dtype)[:, None, None]
 
     def _by(self, algorithm: ModuleType, x: Tensor, layer: c_conv.Layer | None) -> Tensor:
         if algorithm is c_conv:
             return layer(x)
         attention = Attention(*(self.attention(x) if layer is None else layer.attend(x)))
-        y = convolve(self._padded(x), self.weight, self._scaled(attention), *self.conv_args, algorithm)
+        y = convolve(self._padded(x), self.weight, _scaled(attention, self._unit()), *self.conv_args, algorithm)
         if self.bias is not None:
             y += mixed_bias(self.bias, attention.kernel_attn, attention.out_attn)[:, :, None, None]
         return y if self.shift is None else y.add_(self.shift[:, None, None])
 
-    def _scaled(self, attention: Attention) -> Attention:
-        """The attention for kernels as they are kept."""
-        if self.scale is None:
-            return attention
-        scale = (self.scale / LARGEST).expand(len(attention.kernel_attn), -1)
-        return attention._replace(out_attn=scale if attention.out_attn is None else scale * attention.out_attn)
+    def _unit(self) -> Tensor | None:
+        """What an integer 1 stands for in each output channel (O,), where kernels are integers."""
+        return None if self.scale is None else self.scale / torch.iinfo(self.weight.dtype).max
 
     def _fastest(self, x: Tensor, made: '_Made') -> ModuleType:
         """The algorithm for images of this size; that of C stands for attention and convolution in one call."""
         *_, groups = self.conv_args
         if x.shape[1] != groups * self.weight.shape[1]:
             raise ValueError(f'x must have shape (B, {groups * self.weight.shape[1]}, H, W), got {tuple(x.shape)}')
-        padded, attention = self._padded(x), self._scaled(Attention(*self.attention(x)))
+        padded, attention = self._padded(x), _scaled(Attention(*self.attention(x)), self._unit())
         check(padded, x.new_empty(1).expand(self.weight.shape), attention, *self.conv_args)
         case = case_of(padded, self.weight, attention, *self.conv_args)
         case = case._replace(channels_last=True, weight_channels_last=True)  # C copies what is laid out otherwise
@@ -153,8 +158,7 @@ class PreparedConv2d(nn.Module):
             and c_conv.takes(self.weight, self.num_kernels))
         return c_conv.Layer(
             *maps, attention.competes, attention.gate_sizes, groups * self.weight.shape[1],
-            self.weight if is_convolved else None, None if self.scale is None else self.scale / LARGEST, self.shift,
-            *pairs)
+            self.weight if is_convolved else None, self._unit(), self.shift, *pairs)
 
     def _padded(self, x: Tensor) -> Tensor:
         stride, _, dilation, _ = self.conv_args
@@ -172,15 +176,25 @@ class PreparedConv2d(nn.Module):
         return f'num_kernels={self.num_kernels}, kernel_size={self.kernel_size}, stride={self.conv_args[0]}'
 
 
-def _as_integers(weight: Tensor, num_kernels: int) -> tuple[Tensor, Tensor]:
-    """The kernels (K * O, I, kh, kw) as int16, and the largest magnitude of each output channel (O,).
+def _scaled(attention: Attention, scale: Tensor | None) -> Attention:
+    """The attention whose result is `scale` (O,) times that of another, which None leaves as it is."""
+    if scale is None:
+        return attention
+    if attention.out_attn is None:
+        return attention._replace(out_attn=scale.expand(attention.kernel_attn.shape[0], -1))
+    return attention._replace(out_attn=scale * attention.out_attn)
 
-    A channel has its whole range whatever its size, of which folded BatchNorms leave any: float16 would overflow, or
+
+def _as_integers(weight: Tensor, num_kernels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The kernels (K * O, I, kh, kw) as integers, and the largest magnitude of each output channel (O,).
+
+    A channel has their whole range whatever its size, of which folded BatchNorms leave any: float16 would overflow, or
     round small ones more.
     """
-    largest = weight.detach().unflatten(0, (num_kernels, -1)).abs().amax((0, 2, 3, 4))
+    weight = weight.detach()
+    largest = weight.unflatten(0, (num_kernels, -1)).abs().amax((0, 2, 3, 4))
     if not largest.isfinite().all():
-        raise ValueError('its kernels must be finite to be kept as int16')
+        raise ValueError(f'its kernels must be finite to be kept as {dtype}')
     smallest = torch.finfo(torch.float32).tiny  # a channel of zeros stays one
     of_rows = at_least_float32(largest).clamp(min=smallest).repeat(num_kernels)[:, None, None, None]
-    return (weight / of_rows * LARGEST).round().to(torch.int16), largest
+    return (weight / of_rows * torch.iinfo(dtype).max).round().to(dtype), largest

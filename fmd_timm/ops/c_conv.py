@@ -25,7 +25,7 @@ __all__ = ['Layer', 'backward', 'differentiates', 'forward', 'is_available', 'su
 
 O_BLOCK, WIDTH = 32, 16  # output channels of a block and floats of the widest vector in c_conv.c
 SQUARE, MAX_KERNELS = 16, 32  # input channels at a time and most kernels of a backward pass there
-DTYPES = torch.float32, torch.int16  # of kernels
+DTYPES = torch.float32, torch.int16, torch.int8  # of kernels
 SMALL = 2**20  # numbers of a padded image that any machine has room for
 
 Map = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
@@ -37,7 +37,7 @@ def is_available() -> bool:
 
 
 def supports(case: Case) -> bool:
-    """Whether C computes it, from images and kernels as they lie in memory; kernels of int16 in a `Layer` alone."""
+    """Whether C computes it, from images and kernels as they lie in memory; integers as kernels in a `Layer` alone."""
     return (
         case.device.type == 'cpu' and case.dtype == torch.float32 and case.weight_dtype in DTYPES and case.groups == 1
         and _fits(case.num_kernels, case.in_channels, case.out_channels)
@@ -103,7 +103,7 @@ class Layer:
     Args:
         in_channels: I.
         weight: The kernels (K * O, I, kh, kw), which are copied to be read faster; None for the attention alone.
-        scale: What kernels of int16 are multiplied with (O,); None for those of float32.
+        scale: What kernels of int16 or int8 are multiplied with (O,); None for those of float32.
         shift: Added in the end (O,), or None.
         stride: Vertical and horizontal, as are `padding` and `dilation`.
 
@@ -220,9 +220,10 @@ def _conv(
 def _bank(weight: Tensor, num_kernels: int) -> Tensor:
     """The K kernels (K * O, I, kh, kw) as they are read: a bank (O / O_BLOCK, kh * kw * I, K, O_BLOCK)"""
     rows = weight.permute(0, 2, 3, 1).reshape(num_kernels, -1, O_BLOCK, weight[0].numel()).permute(1, 3, 0, 2)
-    if weight.dtype == torch.int16:
+    dtype = torch.float32 if weight.is_floating_point() else torch.int16
+    if dtype == torch.int16:
         rows = rows.unflatten(3, (2, -1)).mT  # the two halves of a block are the two halves of 32 bits
-    memory = mmap.mmap(-1, weight.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, dtype.itemsize * weight.numel(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a Linux without huge pages, by which ResNet-18 takes 1 to 2 % longer
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=weight.dtype).view(rows.shape).copy_(rows)
+    return torch.frombuffer(memory, dtype=dtype).view(rows.shape).copy_(rows)

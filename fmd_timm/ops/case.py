@@ -47,7 +47,7 @@ class Case(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     dtype: torch.dtype  # of the images and the result
-    weight_dtype: torch.dtype  # in which the kernels are mixed, as is the attention; int16 is mixed in `dtype`
+    weight_dtype: torch.dtype  # in which the kernels are mixed, as is the attention; integers are mixed in `dtype`
     channels_last: bool  # the images, and the result
     weight_channels_last: bool
     has_in_attn: bool

@@ -136,7 +136,7 @@ def test_files_of_others_and_none_are_refused(tmp_path, capsys):
 
 @torch.no_grad()
 @pytest.mark.parametrize('method', METHODS)
-def test_kernels_in_int8_leave_their_scale_to_the_output(method):
+def test_kernels_in_int8_are_near_those_in_float32(method):
     prepared = prepare_for_inference(make_layers(method))
     stored = store_kernels_int8(copy.deepcopy(prepared))
     kernels = [name for name, t in stored.state_dict().items() if t.dtype == torch.int8]
