@@ -116,7 +116,7 @@ class DynamicConv2d(nn.Module):
         Args:
             conv: The static convolution it is to stand in for, an `nn.Conv2d` or timm's `Conv2dSame` (TensorFlow's
                 padding, which depends on the size of the image).
-            **kwargs: Arguments of the constructor, over those read from `conv`.
+            **kwargs: Arguments of the constructor, over those read from `conv`. None is the same as none given.
 
         Raises:
             ValueError: `conv` is of another class, which may compute something else, or does not pad with zeros.
@@ -125,6 +125,7 @@ class DynamicConv2d(nn.Module):
             raise ValueError(f'only nn.Conv2d and Conv2dSame can be made dynamic, got {type(conv).__name__}')
         if conv.padding_mode != 'zeros':
             raise ValueError(f'a dynamic convolution pads with zeros, got padding_mode={conv.padding_mode!r}')
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         args = dict(
             in_channels=conv.in_channels, out_channels=conv.out_channels, kernel_size=conv.kernel_size,
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,

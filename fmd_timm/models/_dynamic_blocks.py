@@ -1,7 +1,12 @@
 """What the dynamic networks with timm's EfficientNet blocks have in common: MobileNetV2 and MobileNetV3."""
+from collections.abc import Callable
+from functools import partial
+
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_act_layer
 from timm.models._builder import pretrained_cfg_for_features
+from timm.models._efficientnet_builder import decode_arch_def, resolve_bn_args
 
 from ..layers import DynamicConv2d, FMDConv2d, make_dynamic
 from ._pretrained import build_model
@@ -37,12 +42,9 @@ class DynamicBlocks:
             **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        widths = {} if reduction is None else dict(reduction=reduction)
-        if kernel_ratio is not None:
-            widths['kernel_ratio'] = kernel_ratio
         make_dynamic(
             self, conv_layer, filter_fn=lambda name, conv: name.startswith(self.dynamic_parts) and '.se.' not in name,
-            num_kernels=num_kernels, bias=conv_bias, **widths,
+            num_kernels=num_kernels, bias=conv_bias, reduction=reduction, kernel_ratio=kernel_ratio,
         )
         for module in self.modules():
             if isinstance(module, DynamicConv2d):
@@ -66,10 +68,34 @@ def build_blocks(
         features_cls: type[nn.Module],
         variant: str,
         pretrained: bool,
-        features_only: bool,
+        arch_def: list[list[str]],
+        act_layer: str | type[nn.Module],
+        norm_layer: Callable[..., nn.Module] | None = None,
+        features_only: bool = False,
+        depth_multiplier: float = 1.0,
+        group_size: int | None = None,
         **kwargs,
 ) -> nn.Module:
-    """The network, or with `features_only` its blocks alone, as timm's own builders have it."""
+    """A network as timm's own builders make it, which can't be given a class.
+
+    Args:
+        model_cls: Of the network.
+        features_cls: That of its blocks alone, for `features_only`.
+        variant: Its name.
+        pretrained: Load weights.
+        arch_def: Its blocks, in timm's notation, unless `kwargs` have `block_args`.
+        act_layer: Its activation.
+        norm_layer: Its norm; None is BatchNorm.
+        features_only: Return feature maps.
+        depth_multiplier: How many times the blocks of each stage.
+        group_size: Channels of a group in the depthwise convolutions; None is 1.
+        **kwargs: Arguments of the class, and of the BatchNorm as timm has them (`bn_eps`, `bn_momentum`).
+    """
+    bn_args = resolve_bn_args(kwargs)  # which are no arguments of the class
+    kwargs.setdefault(
+        'block_args', decode_arch_def(arch_def, depth_multiplier=depth_multiplier, group_size=group_size))
+    kwargs |= dict(
+        act_layer=get_act_layer(act_layer), norm_layer=norm_layer or partial(nn.BatchNorm2d, **bn_args))
     if not features_only or 'feature_cfg' in kwargs or 'feature_cls' in kwargs:
         return build_model(model_cls, variant, pretrained, features_only=features_only, **kwargs)
     model = build_model(

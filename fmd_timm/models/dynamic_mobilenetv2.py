@@ -8,7 +8,7 @@ from functools import partial
 
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
-from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
+from timm.models._efficientnet_builder import round_channels
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
 from ..layers import METHODS, CondConv2d, DyConv2d, FMDConv2d, ODConv2d
@@ -36,36 +36,25 @@ for _width, _tags in ('050', ['lamb_in1k']), ('075', []), ('100', ['ra_in1k']):
 default_cfgs = generate_default_cfgs(with_published_tags(_cfgs))
 
 
-def _mobilenetv2(
-        variant: str,
-        pretrained: bool,
-        features_only: bool = False,
-        depth_multiplier: float = 1.0,
-        group_size: int | None = None,
-        **kwargs,
-) -> nn.Module:
-    # the architecture and the arguments of timm's _gen_mobilenet_v2, which can't be given a class
-    multiplier = int(variant.split('_')[1]) / 100
-    blocks = decode_arch_def([
-        ['ds_r1_k3_s1_c16'],
-        ['ir_r2_k3_s2_e6_c24'],
-        ['ir_r3_k3_s2_e6_c32'],
-        ['ir_r4_k3_s2_e6_c64'],
-        ['ir_r3_k3_s1_e6_c96'],
-        ['ir_r3_k3_s2_e6_c160'],
-        ['ir_r1_k3_s1_e6_c320'],
-    ], depth_multiplier=depth_multiplier, group_size=group_size)
+def _mobilenetv2(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     model_args = dict(
-        block_args=blocks,
+        # as in timm's _gen_mobilenet_v2
+        arch_def=[
+            ['ds_r1_k3_s1_c16'],
+            ['ir_r2_k3_s2_e6_c24'],
+            ['ir_r3_k3_s2_e6_c32'],
+            ['ir_r4_k3_s2_e6_c64'],
+            ['ir_r3_k3_s1_e6_c96'],
+            ['ir_r3_k3_s2_e6_c160'],
+            ['ir_r1_k3_s1_e6_c320'],
+        ],
         num_features=1280,
         stem_size=32,
-        round_chs_fn=partial(round_channels, multiplier=multiplier),
-        norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
-        act_layer=resolve_act_layer(kwargs, 'relu6'),
+        round_chs_fn=partial(round_channels, multiplier=int(variant.split('_')[1]) / 100),
     )
     return build_blocks(
-        DynamicMobileNetV2, DynamicMobileNetV2Features, variant, pretrained, features_only,
-        **dict(model_args, **kwargs))
+        DynamicMobileNetV2, DynamicMobileNetV2Features, variant, pretrained,
+        **dict(dict(model_args, act_layer='relu6'), **kwargs))
 
 
 @register_model
@@ -82,7 +71,7 @@ def mobilenetv2_075_cond(pretrained: bool = False, **kwargs) -> DynamicMobileNet
 
 @register_model
 def mobilenetv2_100_cond(pretrained: bool = False, **kwargs) -> DynamicMobileNetV2:
-    """MobileNetV2 of 1 times the width with CondConv, K = 4 kernels per convolution."""
+    """MobileNetV2 of the full width with CondConv, K = 4 kernels per convolution."""
     return _mobilenetv2('mobilenetv2_100_cond', pretrained, conv_layer=CondConv2d, **kwargs)
 
 
@@ -100,7 +89,7 @@ def mobilenetv2_075_dy(pretrained: bool = False, **kwargs) -> DynamicMobileNetV2
 
 @register_model
 def mobilenetv2_100_dy(pretrained: bool = False, **kwargs) -> DynamicMobileNetV2:
-    """MobileNetV2 of 1 times the width with DyConv, K = 4 kernels per convolution."""
+    """MobileNetV2 of the full width with DyConv, K = 4 kernels per convolution."""
     return _mobilenetv2('mobilenetv2_100_dy', pretrained, conv_layer=DyConv2d, **kwargs)
 
 
@@ -118,7 +107,7 @@ def mobilenetv2_075_od(pretrained: bool = False, **kwargs) -> DynamicMobileNetV2
 
 @register_model
 def mobilenetv2_100_od(pretrained: bool = False, **kwargs) -> DynamicMobileNetV2:
-    """MobileNetV2 of 1 times the width with ODConv, K = 4 kernels per convolution."""
+    """MobileNetV2 of the full width with ODConv, K = 4 kernels per convolution."""
     return _mobilenetv2('mobilenetv2_100_od', pretrained, conv_layer=ODConv2d, **kwargs)
 
 
@@ -136,5 +125,5 @@ def mobilenetv2_075_fmd(pretrained: bool = False, **kwargs) -> DynamicMobileNetV
 
 @register_model
 def mobilenetv2_100_fmd(pretrained: bool = False, **kwargs) -> DynamicMobileNetV2:
-    """MobileNetV2 of 1 times the width with FMDConv, K = 4 kernels per convolution."""
+    """MobileNetV2 of the full width with FMDConv, K = 4 kernels per convolution."""
     return _mobilenetv2('mobilenetv2_100_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)

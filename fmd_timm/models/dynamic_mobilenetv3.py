@@ -9,7 +9,7 @@ from functools import partial
 import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import SqueezeExcite
-from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
+from timm.models._efficientnet_builder import round_channels
 from timm.models.mobilenetv3 import MobileNetV3, MobileNetV3Features
 
 from ..layers import DyConv2d, FMDConv2d
@@ -35,36 +35,26 @@ for _method in DyConv2d, FMDConv2d:
 default_cfgs = generate_default_cfgs(with_published_tags(_cfgs))
 
 
-def _mobilenetv3_small_100(
-        variant: str,
-        pretrained: bool,
-        features_only: bool = False,
-        depth_multiplier: float = 1.0,
-        group_size: int | None = None,
-        **kwargs,
-) -> nn.Module:
-    # the architecture and the arguments of timm's _gen_mobilenet_v3, which can't be given a class
-    blocks = decode_arch_def([
-        ['ds_r1_k3_s2_e1_c16_se0.25_nre'],
-        ['ir_r1_k3_s2_e4.5_c24_nre', 'ir_r1_k3_s1_e3.67_c24_nre'],
-        ['ir_r1_k5_s2_e4_c40_se0.25', 'ir_r2_k5_s1_e6_c40_se0.25'],
-        ['ir_r2_k5_s1_e3_c48_se0.25'],
-        ['ir_r3_k5_s2_e6_c96_se0.25'],
-        ['cn_r1_k1_s1_c576'],
-    ], depth_multiplier=depth_multiplier, group_size=group_size)
+def _mobilenetv3_small_100(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     model_args = dict(
-        block_args=blocks,
+        # as in timm's _gen_mobilenet_v3
+        arch_def=[
+            ['ds_r1_k3_s2_e1_c16_se0.25_nre'],
+            ['ir_r1_k3_s2_e4.5_c24_nre', 'ir_r1_k3_s1_e3.67_c24_nre'],
+            ['ir_r1_k5_s2_e4_c40_se0.25', 'ir_r2_k5_s1_e6_c40_se0.25'],
+            ['ir_r2_k5_s1_e3_c48_se0.25'],
+            ['ir_r3_k5_s2_e6_c96_se0.25'],
+            ['cn_r1_k1_s1_c576'],
+        ],
         num_features=1024,
         stem_size=16,
         round_chs_fn=round_channels,
-        norm_layer=partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
-        act_layer=resolve_act_layer(kwargs, 'hard_swish'),
         se_layer=partial(
             SqueezeExcite, gate_layer='hard_sigmoid', force_act_layer=nn.ReLU, rd_round_fn=round_channels),
     )
     return build_blocks(
-        DynamicMobileNetV3, DynamicMobileNetV3Features, variant, pretrained, features_only,
-        **dict(model_args, **kwargs))
+        DynamicMobileNetV3, DynamicMobileNetV3Features, variant, pretrained,
+        **dict(dict(model_args, act_layer='hard_swish'), **kwargs))
 
 
 @register_model

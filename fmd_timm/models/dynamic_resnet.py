@@ -71,10 +71,8 @@ class DynamicResNet(ResNet):
             block_args: dict[str, Any] | None = None,
             **kwargs,
     ):
-        widths = {} if reduction is None else dict(reduction=reduction)
-        if kernel_ratio is not None:
-            widths['kernel_ratio'] = kernel_ratio
-        conv_like = partial(conv_layer.like, num_kernels=num_kernels, bias=conv_bias, **widths)
+        conv_like = partial(
+            conv_layer.like, num_kernels=num_kernels, bias=conv_bias, reduction=reduction, kernel_ratio=kernel_ratio)
         super().__init__(block, *args, block_args=dict(block_args or {}, conv_like=conv_like), **kwargs)
 
     @torch.jit.ignore
