@@ -153,34 +153,36 @@ def parameter_groups(
         if isinstance(module, DynamicConv2d):
             scales |= {id(parameter): attention_lr_scale for parameter in module.attention.parameters()}
             for parameter, shares in zip((module.weight, module.bias), shares_of_kernels(module) or ()):
-                of_kernels[id(parameter)] = kernel_lr_scale(shares, opt)
+                of_kernels[id(parameter)] = kernel_scales(shares, opt)
     groups = []
     for group in param_groups_layer_decay(
             model, weight_decay=weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay):
         parts = {}
         for parameter in group['params']:
-            scale = scales.get(id(parameter), 1.0), of_kernels.get(id(parameter), 1.0)
-            parts.setdefault(scale, []).append(parameter)
-        for (scale, of_kernel), parameters in parts.items():
+            key = scales.get(id(parameter), 1.0), *of_kernels.get(id(parameter), (1.0, 1.0))
+            parts.setdefault(key, []).append(parameter)
+        for (scale, kernel_scale, decay_scale), parameters in parts.items():
             groups.append(dict(
-                group, params=parameters, lr_scale=group['lr_scale'] * scale * of_kernel,
-                weight_decay=group['weight_decay'] / of_kernel))
+                group, params=parameters, lr_scale=group['lr_scale'] * scale * kernel_scale,
+                weight_decay=group['weight_decay'] * decay_scale))
     return groups
 
 
-def kernel_lr_scale(shares: Tensor, opt: str) -> float:
-    """What the learning rate of K kernels is multiplied with, so that their mixture moves as a single kernel would.
+def kernel_scales(shares: Tensor, opt: str) -> tuple[float, float]:
+    """What scales learning rate and weight decay of K kernels, so that their mixture moves as a single kernel would.
+
+    The mixture moves by the sum of what its kernels move by, each multiplied by its share. Where the step follows the
+    gradient, as in SGD, that has the share too. Most optimizers take steps of one size, whatever the gradient's size.
+    LAMB and LARS take steps as large as the weights, which are larger in an inflated network.
 
     Args:
         shares: (K,), of each kernel in the mixture, see `fmd_timm.inflate.shares_of_kernels`.
-        opt: timm's name of the optimizer. Where its step follows the gradient (SGD), each kernel moves by its share of
-            the gradient. Where it follows the size of the weights (LAMB, LARS), the larger kernels of an inflated
-            network move as much further. All others take steps of one size.
+        opt: timm's name of the optimizer.
     """
-    if any(name in opt for name in ('lamb', 'lars', 'larc')):
-        return 1.0
-    follows_gradient = any(name in opt for name in ('sgd', 'nesterov', 'momentum'))
-    return 1 / (shares.square() if follows_gradient else shares).sum().item()
+    follows_gradient = any(name in opt for name in ('sgd', 'nesterov', 'momentum', 'lars', 'larc'))
+    follows_weights = any(name in opt for name in ('lamb', 'lars', 'larc'))
+    total = (shares.square() if follows_gradient else shares).sum().item()
+    return 1.0 if follows_weights else 1 / total, total
 
 
 def balanced_class_weights(labels: list[int], num_classes: int) -> Tensor:

@@ -445,7 +445,8 @@ def test_kernels_of_int16_compiled_exported_and_differentiated():
     for network in model, prepared:
         image = x.clone().requires_grad_()
         gradients.append(torch.autograd.grad(network(image).square().sum(), image)[0])
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()
+    assert error < 1e-4
 
 
 @pytest.mark.parametrize('change', ['copy_', 'data', 'mul_', 'attention'])

@@ -86,7 +86,7 @@ def test_models_are_listed():
 def test_networks_of_odconv_have_as_many_parameters_as_its_authors_state(name, num_kernels, millions):
     """The tables of github.com/OSVAI/ODConv."""
     model = timm.create_model(name, device='meta', num_kernels=num_kernels)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 @pytest.mark.parametrize('conv_bias', [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -23,7 +23,8 @@ from test_inference import METHODS, randomize
 from fmd_timm import prepare_for_inference
 from fmd_timm.hub import save_for_hub
 
-TOLERANCES = {'fp32': 1e-5, 'fp16': 5e-2, 'int8': 5e-2, 'int8-static': 5}
+# By weights: the largest difference of logits, and how many of 50 images have the same best class at least.
+BOUNDS = {'fp32': (2e-6, 50), 'fp16': (1e-3, 49), 'int8': (1e-3, 49), 'int8-static': (0.1, 46)}
 NAMES = [f'digit {i}' for i in range(10)]
 pytestmark = [pytest.mark.usefixtures('fresh_accelerator'), pytest.mark.filterwarnings('ignore')]  # of exporters
 
@@ -66,13 +67,10 @@ def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weig
     weights_sha256 = hashlib.sha256((checkpoint / 'model.safetensors').read_bytes()).hexdigest()
     assert record['checkpoint']['revision'] == f'sha256 {weights_sha256}'
     assert record['images'] == 50 and record['infer_ms_per_image'] > 0
-    top1, pytorch_top1 = record['top1'], record['pytorch_top1']
-    if weights == 'fp32':
-        assert record['largest_relative_difference'] < 2e-6 and record['top1_agreement'] == 50 and top1 == pytorch_top1
-    else:
-        largest = 0.4 if weights == 'int8-static' else 5e-3
-        assert 1e-6 < record['largest_relative_difference'] < largest and record['top1_agreement'] > 40
-        assert abs(top1 - pytorch_top1) < 20
+    largest, least = BOUNDS[weights]
+    assert record['largest_relative_difference'] < largest and record['top1_agreement'] >= least
+    assert weights == 'fp32' or record['largest_relative_difference'] > 1e-5  # they are stored otherwise
+    assert abs(record['top1'] - record['pytorch_top1']) <= 2 * (50 - record['top1_agreement'])
     assert {'torch', *FORMATS[format].packages} <= record['versions'].keys()
 
     network = timm.create_model(f'local-dir:{checkpoint}', pretrained=True).eval()
@@ -82,7 +80,7 @@ def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weig
     for size in (1,) if batch == '1' else (1, 2, 5):
         x = torch.randn(size, 3, 8, 8)
         with torch.no_grad():
-            torch.testing.assert_close(logits(x), network(x), rtol=0, atol=TOLERANCES[weights])
+            torch.testing.assert_close(logits(x), network(x), rtol=0, atol=largest)  # of logits below 1
     if format == 'onnx':
         picture = tmp_path / 'digit.png'
         load_digits()['test'][0]['image'].save(picture)
