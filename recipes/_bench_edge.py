@@ -34,7 +34,7 @@ PYTORCH = 'pytorch'
 LABELS = {PYTORCH: 'PyTorch', 'onnx': 'onnxruntime', 'openvino': 'OpenVINO'}
 WEIGHTS = {PYTORCH: ('int16',), 'onnx': ('fp16', 'int8'), 'openvino': ('fp16', 'int8')}  # of FMDConv, besides fp32
 BATCHED = 'onnx',
-PACKAGES = 'torch', 'onnxruntime', 'openvino', 'executorch'
+PACKAGES = 'torch', 'onnxruntime', 'openvino'
 
 
 class Exported(NamedTuple):
