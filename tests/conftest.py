@@ -1,6 +1,7 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from functools import partial
@@ -18,6 +19,7 @@ if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(os, 'sched_setaffinity'):
 HUB, CLIENTS_HOME = HubServer(), tempfile.TemporaryDirectory()
 redirect_clients(os.environ, HUB.endpoint, CLIENTS_HOME.name)
 gc.disable()  # while modules are imported, which stay
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what runs in the background
 
 import pytest  # noqa: E402
 

@@ -209,7 +209,6 @@ def test_a_second_ctrl_c_ends_at_once_and_its_echo_from_the_launcher_does_not(tm
     script = '''if True:
         import os, signal, time
         import _interruptions
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
         with _interruptions.Interruptions() as interruptions:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
