@@ -232,7 +232,7 @@ def parse_bench(argv: list[str], description: str | None = None) -> argparse.Nam
     parser.add_argument('--edge', action='store_true', help='time exported networks in other runtimes')
     parser.add_argument('--data', action='store_true', help='time the loading of the images of a recipe')
     parser.add_argument('--rounds', type=int, default=5, metavar='N', help='measurements of each (5)')
-    parser.add_argument('--table', action='store_true', help="print the README's tables")
+    parser.add_argument('--table', action='store_true', help="print the tables of the documentation")
     args, of_recipe = parser.parse_known_args(argv)
     if args.rounds < 1:
         raise SystemExit(f'--rounds must be at least 1, got {args.rounds}')

@@ -132,7 +132,7 @@ def time_epoch(accelerator: Accelerator, loader: DataLoader, epoch: int) -> dict
 
 
 def row_of(record: dict[str, Any]) -> str:
-    """What a record says, in the README's table."""
+    """What a record says, in the table of recipes/README.md."""
     plain, ours = record['per_core']['plain'], record['per_core']['ours']
     first, *_, last = record['epochs'][:1] + record['epochs']
     rate = statistics.median(epoch['images_per_second'] for epoch in record['epochs'])
@@ -148,7 +148,7 @@ def row_of(record: dict[str, Any]) -> str:
 
 
 def make_table() -> str:
-    """The README's table of data, in Markdown."""
+    """The table of data in recipes/README.md, in Markdown."""
     records = [read_json(path) for path in sorted(RESULTS.glob('*.json'))]
     tables = []
     for device in dict.fromkeys(record['device'] for record in records):

@@ -200,7 +200,7 @@ def time_case(model: str, runtime: str, batch: int, threads: int, root: Path, ro
 
 
 def make_tables() -> str:
-    """The README's tables of the edge, in Markdown: times, and then sizes and differences, of every device."""
+    """The tables of recipes/EXPORT.md, in Markdown: times, and then sizes and differences, of every device."""
     records = [read_json(path) for path in sorted(RESULTS.glob('*.json'))]
     tables = []
     for device in dict.fromkeys(record['device'] for record in records):

@@ -10,7 +10,7 @@ the rest is without. All take turns in every round, the order reversed each time
 the rounds, to the static network in the memory format that is faster. With --layers it times single convolutions by
 each algorithm instead.
 
-Writes recipes/results/bench/<device>.json (<device>.layers.json). `--table` prints the README's table from all such
+Writes recipes/results/bench/<device>.json (<device>.layers.json). `--table` prints the documentation's table from all such
 files and measures nothing.
 """
 import sys
@@ -215,7 +215,7 @@ def bench_layers(models: list[str], device: torch.device, rounds: int) -> list[d
 
 
 def make_table() -> str:
-    """The README's table, in Markdown: ratios of every device's file."""
+    """The table of fmd_timm/ops/README.md, in Markdown: ratios of every device's file."""
     lines = []
     for path in sorted(RESULTS.glob('*.json')):
         record = read_json(path)

@@ -1,4 +1,4 @@
-"""recipes/bench.py: what it times is what it says, and the README's table is made from its files."""
+"""recipes/bench.py: what it times is what it says, and the documentation's table is made from its files."""
 import json
 import os
 import sys
@@ -16,7 +16,7 @@ from _exported import FORMATS
 
 from fmd_timm.ops import c_conv, operator
 
-README = Path(__file__).parents[2] / 'README.md'
+CHECKOUT = Path(__file__).parents[2]
 NARROW = dict(channels=(8, 16, 32, 64), layers=(1, 1, 1, 1))
 
 
@@ -180,6 +180,11 @@ def test_a_runtime_that_is_not_installed_is_left_out(monkeypatch, capsys):
     assert 'OpenVINO is left out: this format needs no_such_runtime: pip install' in capsys.readouterr().out
 
 
-def test_the_readme_has_the_tables_of_the_committed_files():
-    for table in bench.make_table(), _bench_data.make_table(), _bench_edge.make_tables():
-        assert table and table in README.read_text()
+@pytest.mark.parametrize('page, make_table', [
+    ('fmd_timm/ops/README.md', bench.make_table),
+    ('recipes/README.md', _bench_data.make_table),
+    ('recipes/EXPORT.md', _bench_edge.make_tables),
+])
+def test_the_pages_have_the_tables_of_the_committed_files(page, make_table):
+    table = make_table()
+    assert table and table in (CHECKOUT / page).read_text()

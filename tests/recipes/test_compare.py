@@ -27,7 +27,7 @@ from PIL import Image
 
 STATIC = 'test_resnet'  # timm's own, 0.4 M parameters
 RESULTS = Path(compare.__file__).parent / 'results'
-README = Path(__file__).parents[2] / 'README.md'
+PAGE = Path(__file__).parents[2] / 'recipes' / 'README.md'
 RUN_RECIPE = compare.run_recipe
 
 
@@ -383,7 +383,7 @@ def test_published_results_are_those_of_their_records(comparison, tmp_path):
 
 
 @pytest.mark.skipif(not (RESULTS / 'digits').exists(), reason='no published results of digits')
-def test_the_readme_shows_the_published_table_and_picture_of_digits():
-    readme = README.read_text()
-    assert (RESULTS / 'digits' / 'table.md').read_text() in readme
-    assert '(recipes/results/digits/training.png)' in readme and (RESULTS / 'digits' / 'training.png').exists()
+def test_the_page_shows_the_published_table_and_picture_of_digits():
+    page = PAGE.read_text()
+    assert (RESULTS / 'digits' / 'table.md').read_text() in page
+    assert '(results/digits/training.png)' in page and (RESULTS / 'digits' / 'training.png').exists()

@@ -12,7 +12,8 @@ from _presets import PRESETS
 from _recipe import Recipe
 from _recipe_checks import check_recipe
 
-README = Path(__file__).parents[2] / 'README.md'
+CHECKOUT = Path(__file__).parents[2]
+PAGES = [CHECKOUT / 'README.md', *sorted(CHECKOUT.glob('fmd_timm/**/*.md')), *sorted(CHECKOUT.glob('recipes/*.md'))]
 
 
 @pytest.mark.parametrize('options, message', [
@@ -123,8 +124,8 @@ def test_other_recipes_of_the_field_can_be_said():
         '--warmup-epochs 2 --batch-size 1024 --lr 1.7 --weight-decay 5e-5 --smoothing 0.1 --comm-hook bf16').split())
 
 
-def test_the_commands_of_the_readme_are_understood():
-    text = README.read_text(encoding='utf-8').replace('\\\n', ' ')
+def test_the_commands_of_the_pages_are_understood():
+    text = ''.join(page.read_text(encoding='utf-8') for page in PAGES).replace('\\\n', ' ')
     commands = re.findall(r'(?:python|launch.*?) recipes/(\w+)\.py\b([^#`"\n]*)', text)
     for script, arguments in commands:
         if '--help' not in arguments:

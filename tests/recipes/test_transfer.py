@@ -1,4 +1,4 @@
-"""recipes/transfer.py: equal runs of all starts, a record of them, and what the README says of it."""
+"""recipes/transfer.py: equal runs of all starts, a record of them, and what recipes/README.md says of it."""
 import json
 import statistics
 from pathlib import Path
@@ -41,9 +41,9 @@ def test_every_start_gets_the_same_seeds_and_steps_and_a_finished_run_is_kept(
         transfer.main(**vars(arguments))
 
 
-def test_the_readme_says_what_the_record_says():
+def test_the_page_says_what_the_record_says():
     result = json.loads(transfer.RESULT.read_text())
-    readme = (CHECKOUT / 'README.md').read_text()
+    page = (CHECKOUT / 'recipes' / 'README.md').read_text()
     for name, runs in result['runs'].items():
         row = f'{runs["top1_mean"]:.2f} ± {runs["top1_std"]:.2f} | {statistics.mean(runs["loss"]):.3f} |'
-        assert row in readme, name
+        assert row in page, name
