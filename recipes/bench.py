@@ -10,8 +10,8 @@ the rest is without. All take turns in every round, the order reversed each time
 the rounds, to the static network in the memory format that is faster. With --layers it times single convolutions by
 each algorithm instead.
 
-Writes recipes/results/bench/<device>.json (<device>.layers.json). `--table` prints the documentation's table from all such
-files and measures nothing.
+Writes recipes/results/bench/<device>.json (<device>.layers.json). `--table` prints the documentation's table from all
+such files and measures nothing.
 """
 import sys
 
