@@ -9,7 +9,7 @@ import logging
 import torch
 import torch.fx
 import torch.nn as nn
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -20,6 +20,10 @@ from .layers.prepared import PreparedConv2d
 __all__ = ['prepare_for_inference']
 
 _logger = logging.getLogger(__name__)
+
+# Exactly these classes: a subclass may standardise its weights, or normalise by something else.
+_CONVS = nn.Conv2d, Conv2dSame
+_NORMS = nn.BatchNorm2d, BatchNormAct2d
 
 
 def prepare_for_inference(
@@ -109,13 +113,13 @@ def _followed_by_norm(model: nn.Module) -> list[tuple[str, str]]:
 
     def is_foldable(node: torch.fx.Node) -> bool:
         conv, user = modules[node.target], next(iter(node.users), None)
-        if not (isinstance(conv, DynamicConv2d) or type(conv) is nn.Conv2d):
+        if not (isinstance(conv, DynamicConv2d) or type(conv) in _CONVS):
             return False
         if len(node.users) != 1 or user.op != 'call_module' or times_called[id(conv)] > 1:
             return False
         norm = modules[user.target]
         return (
-            type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and norm.track_running_stats and not norm.training
+            type(norm) in _NORMS and norm.track_running_stats and not norm.training
             and times_called[id(norm)] == 1
         )
 

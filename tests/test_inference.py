@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load, save
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from timm.utils import reparameterize_model
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +19,7 @@ from fmd_timm import (
     DynamicConv2d,
     FMDConv2d,
     ODConv2d,
+    inflate,
     make_dynamic,
     prepare_for_inference,
     set_temperature,
@@ -161,6 +162,25 @@ def test_every_batchnorm_of_a_resnet_is_folded_also_those_of_static_convolutions
     prepared = prepare_for_inference(make_model('resnet50_fmd'))
     assert not [m for m in prepared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert isinstance(prepared.act1, nn.ReLU) and isinstance(prepared.layer1[0].act1, nn.ReLU)
+
+
+@pytest.mark.parametrize('name', ['tf_efficientnet_lite0', 'tf_mobilenetv3_small_minimal_100'])
+@pytest.mark.parametrize('is_inflated', [False, True])
+def test_batchnorms_behind_tensorflows_padding_are_folded(name, is_inflated):
+    model = randomize(timm.create_model(name, num_classes=5))
+    assert [m for m in model.modules() if isinstance(m, Conv2dSame)]
+    if is_inflated:
+        model = inflate(model, FMDConv2d)
+    prepared = prepare_for_inference(model)
+    assert not [m for m in prepared.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for size in 64, 75:
+        assert_same(prepared, model, make_images(size=size))
+
+
+@pytest.mark.parametrize('conv_layer', [StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame])
+def test_convolutions_that_standardise_their_weights_keep_the_batchnorm(conv_layer):
+    model = randomize(nn.Sequential(conv_layer(8, 8, 3, stride=2), nn.BatchNorm2d(8)))
+    assert_same(prepare_for_inference(model), model, torch.randn(2, 8, 9, 9))
 
 
 def test_batchnorm_with_activation_leaves_the_activation():
