@@ -23,7 +23,7 @@ def algorithms(question: str, case: Case) -> list:
     if case.num_kernels == 1 and not case.has_tap_attn:
         return [per_kernel]  # one kernel for all images: an ordinary convolution
     if case.is_depthwise:
-        order = [per_image]  # a depthwise convolution of B * C channels
+        order = [per_image]
     elif case.batch >= 32 * case.out_pixels:
         order = [per_kernel, im2col, per_image]
     elif case.out_pixels >= 144 and direction == 'forward' or case.out_pixels >= 500:

@@ -2,8 +2,8 @@
 
 Where images are large beside the kernels, a convolution of one image is as fast as its share of a batch, and images and
 results are not read once more for the gates. 1x1 kernels are a batch of matrix products. Elsewhere than on the CPU, and
-where they are depthwise, images are groups of one convolution. On the CPU, kernels are mixed for a few images at a
-time, so that they stay in the cache.
+where they are depthwise and not in channels_last, images are groups of one convolution. On the CPU, kernels are mixed
+for a few images at a time, so that they stay in the cache.
 """
 import functools
 
@@ -101,8 +101,11 @@ def _product(kernels: Tensor, factors: Gates) -> Tensor:
 
 
 def _is_grouped(case: Case) -> bool:
-    """Whether all images are convolved at once: on a CPU, many groups of many channels are slow."""
-    return case.batch == 1 or case.is_depthwise or case.device.type != 'cpu'
+    """Whether all images are convolved at once: on a CPU, many groups of many channels are slow.
+
+    Depthwise ones are not, but a batch in channels_last would be laid out anew for it, and its result once more.
+    """
+    return case.batch == 1 or case.is_depthwise and not case.channels_last or case.device.type != 'cpu'
 
 
 def _convolve(x: Tensor, kernels: Tensor, case: Case) -> Tensor:

@@ -31,7 +31,7 @@ def test_every_case_has_algorithms_that_support_it(question):
         assert all(algorithm.supports(case) and hasattr(algorithm, direction) for algorithm in order)
 
 
-def test_one_kernel_is_a_plain_convolution_and_depthwise_is_a_grouped_one():
+def test_one_kernel_is_a_plain_convolution_and_depthwise_ones_have_a_kernel_per_image():
     assert cpu.algorithms('forward', make_case(K=1)) == [per_kernel]
     assert cpu.algorithms('backward', make_case(K=1)) == [per_kernel]
     assert cpu.algorithms('forward', make_case(groups=32)) == [per_image]

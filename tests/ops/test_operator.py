@@ -79,6 +79,17 @@ def test_channels_last_in_channels_last_out(implementation):
     torch.testing.assert_close(y, expected)
 
 
+def test_depthwise_convolutions_leave_images_in_their_memory_format(monkeypatch):
+    tensors, conv_args = make_inputs(*PROOF['depthwise'])
+    convolved, convolve = [], per_image._convolve
+    monkeypatch.setattr(per_image, '_convolve', lambda x, *args: convolved.append(x) or convolve(x, *args))
+    dynamic_conv2d(**tensors, **conv_args)
+    assert len(convolved) == 1  # as groups of one convolution
+    dynamic_conv2d(**dict(tensors, x=tensors['x'].to(memory_format=torch.channels_last)), **conv_args)
+    assert len(convolved) == 1 + len(tensors['x'])
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in convolved[1:])
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_stays_close_to_float64(dtype, implementation):
     tensors, conv_args = make_inputs(*SHAPES['3x3'], dtype=torch.float32)
