@@ -1,0 +1,57 @@
+"""The table of recipes/results/README.md that is made from the runs of recipes/laboratory.py."""
+import json
+import statistics
+from pathlib import Path
+
+from _arms import ARMS
+
+RESULTS = Path(__file__).parent / 'results' / 'laboratory'
+
+
+def read_runs(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+
+
+def make_table(path: Path) -> str:
+    """Every arm of a file of runs, in Markdown, against the best static arm on the same images.
+
+    A difference is the mean over the seeds of both, with its standard error; it is paired by seed.
+    """
+    runs = read_runs(path)
+    by_arm: dict[str, dict[int, dict]] = {}
+    for run in runs:
+        by_arm.setdefault(run['arm'], {})[run['seed']] = run
+    best = max((arm for arm in by_arm if ARMS[arm].method is None), key=lambda arm: mean(by_arm[arm], 'top1'))
+    settings = runs[0]['settings']
+    seeds = sorted(by_arm[best])
+    lines = [
+        f'{settings["dataset"]}: {settings["images"]} images to train on and {settings["epochs"]} epochs, '
+        f'{runs[0]["validation_images"]:,} to validate, {len(seeds)} seeds; the best static network has '
+        f'{mean(by_arm[best], "top1"):.2f} % (`{best}`)',
+        '',
+        '| arm | | learning rate | top-1, % | against the best static, points | kernel entropy | gates, deviation | '
+        'mean attention costs, points |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for arm, values in ARMS.items():
+        if arm in by_arm:
+            lines.append('| ' + ' | '.join(row(arm, values, by_arm[arm], by_arm[best])) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def row(arm: str, values, runs: dict[int, dict], best: dict[int, dict]) -> list[str]:
+    differences = [runs[seed]['top1'] - best[seed]['top1'] for seed in runs if seed in best]
+    error = statistics.stdev(differences) / len(differences)**0.5 if len(differences) > 1 else None
+    against = f'{statistics.mean(differences):+.2f}' + (f' ± {error:.2f}' if error is not None else '')
+    costs = [run['top1'] - run['top1_of_mean'] for run in runs.values() if 'top1_of_mean' in run]
+    return [
+        f'`{arm}`', values.about, f'{values.lr:g}', f'{mean(runs, "top1"):.2f}',
+        '' if runs is best else against,
+        *(f'{mean(runs, number):.2f}' if number in next(iter(runs.values())) else ''
+          for number in ('kernel_entropy', 'gate_std')),
+        f'{statistics.mean(costs):+.2f}' if costs else '',
+    ]
+
+
+def mean(runs: dict[int, dict], number: str) -> float:
+    return statistics.mean(run[number] for run in runs.values())

@@ -1,0 +1,143 @@
+"""recipes/laboratory.py: every arm begins as the static network, differs in what it says, and is recorded once."""
+import dataclasses
+import json
+from pathlib import Path
+
+import _arms
+import _lab_table
+import laboratory
+import pytest
+import timm
+import torch
+from _arms import ARMS, Arm, parse_laboratory
+from _dynamics import entropy
+from _presets import PRESETS
+from _starts import KERNELS, clusters, draw_router
+
+from fmd_timm import FMDConv2d, inflate
+from fmd_timm.hub import save_for_hub
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('static')
+    save_for_hub(timm.create_model('mobilenetv2_035', num_classes=5), folder)
+    return folder
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(laboratory, 'MOST', dict(train=96, validation=40))
+
+
+def command(checkpoint, output, *argv):
+    return vars(parse_laboratory([
+        '--init', str(checkpoint), '--dataset', 'digits', '--image-size', '32', '--images', '64', '--epochs', '1',
+        '--seeds', '1', '--output', str(output), *argv]))
+
+
+def run(*args):
+    arguments = command(*args)
+    assert not arguments.pop('table')
+    laboratory.main(**arguments)
+
+
+def test_a_command_runs_its_arms_once_and_says_what_they_did(checkpoint, few_images, tmp_path, capsys, monkeypatch):
+    arms = 'static_2e-2', 'fmd_2e-2', 'k1', 'cond'
+    run(checkpoint, tmp_path, '--arms', *arms[:2])
+    run(checkpoint, tmp_path, '--arms', *arms)
+    lines = [json.loads(line) for line in (tmp_path / 'digits.jsonl').read_text().splitlines()]
+    assert [line['arm'] for line in lines] == list(arms)
+    static, fmd, one, cond = lines
+    assert 'kernel_entropy' not in static and 'kernel_entropy' not in one and 'gate_std' not in cond
+    assert 0 <= fmd['kernel_entropy'] <= 1 and 0 <= fmd['top1_of_mean'] <= 100 and len(fmd['layers']) == 3
+    assert 'fmd_2e-2, seed 0: top1 ' in capsys.readouterr().out
+    monkeypatch.setattr(_lab_table, 'read_runs', lambda path: lines)
+    table = _lab_table.make_table(tmp_path / 'digits.jsonl')
+    assert f'| `fmd_2e-2` | FMDConv | 0.02 | {fmd["top1"]:.2f} | {fmd["top1"] - static["top1"]:+.2f} |' in table
+    with pytest.raises(SystemExit, match='holds runs with other settings'):
+        run(checkpoint, tmp_path, '--arms', 'static_2e-2', '--epochs', '2')
+
+
+def test_the_difference_is_paired_by_seed_with_its_standard_error():
+    runs = {seed: dict(top1=70.0 + seed + extra) for seed, extra in enumerate((0, 1, 2))}
+    best = {seed: dict(top1=70.0 + seed) for seed in range(3)}
+    assert _lab_table.row('fmd_2e-2', ARMS['fmd_2e-2'], runs, best)[4] == '+1.00 ± 0.58'
+    assert _lab_table.row('static_2e-2', ARMS['static_2e-2'], best, best)[4] == ''
+
+
+def test_the_features_are_computed_once(checkpoint, few_images, tmp_path, monkeypatch):
+    run(checkpoint, tmp_path, '--arms', 'static_2e-2')
+    monkeypatch.setattr(laboratory, 'make_features', lambda *args: pytest.fail('computed again'))
+    run(checkpoint, tmp_path, '--arms', 'static_1e-2')
+
+
+def test_other_networks_are_refused(tmp_path):
+    save_for_hub(timm.create_model('resnet10t', num_classes=5), tmp_path)
+    with pytest.raises(SystemExit, match='--init must be an EfficientNet of timm'):
+        run(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize('name', [name for name, arm in ARMS.items() if arm.method])
+def test_an_arm_begins_with_what_the_static_network_computes(checkpoint, name, tmp_path):
+    arm = ARMS[name]
+    _, tail, _ = laboratory.load_tail(str(checkpoint))
+    features = torch.randn(32, 56, 2, 2)
+    recipe = dataclasses.replace(
+        PRESETS['finetune'], lr=arm.lr, attention_lr_scale=arm.attention_lr, tracker='none', epochs=2)
+    networks = [laboratory.make_network(tail, made, 5, seed=0) for made in (ARMS['static_2e-2'], arm)]
+    classes = laboratory.SimpleNamespace(label_names=list(range(5)))
+    trainings = [
+        laboratory.make_training(
+            laboratory.make_accelerator(recipe, tmp_path), recipe, network, dict(mean=[0.0], std=[1.0]), classes, 2)
+        for network in networks]
+    laboratory.start_otherwise(trainings[1], arm, features, seed=0)
+    static, dynamic = (laboratory.infer(training.model, features) for training in trainings)
+    torch.testing.assert_close(dynamic, static, rtol=1e-4, atol=1e-5 * static.abs().max().item())
+
+
+@pytest.mark.parametrize('kind', KERNELS)
+def test_kernels_differ_and_their_mean_is_the_static_one(kind):
+    static = torch.randn(12, 8, 1, 1)
+    kernels = KERNELS[kind](static, 4, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(kernels.mean(0), static, rtol=1e-4, atol=1e-5)
+    assert all((kernels[i] - kernels[j]).norm() > 0.5 * static.norm() for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize('kind', ['clusters', 'random'])
+def test_a_router_has_the_entropy_that_is_asked_for(kind):
+    conv = inflate(torch.nn.Sequential(torch.nn.Conv2d(48, 8, 1)), FMDConv2d, filter_fn=lambda *_: True)[0].eval()
+    pooled = torch.randn(128, 48)
+    draw_router(conv, kind, pooled, mean_entropy=0.4, seed=0)
+    assert entropy(conv.attention.attend(pooled)[0]).mean().item() == pytest.approx(0.4, abs=1e-3)
+
+
+def test_the_router_by_clusters_gives_each_cluster_a_kernel():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.eye(4, 6).repeat_interleave(32, 0) + 0.1 * torch.randn(128, 6, generator=generator)
+    weight, bias = clusters(features, 4, seed=0)
+    chosen = (features @ weight.T + bias).argmax(1).view(4, 32)
+    assert (chosen == chosen[:, :1]).all() and len(set(chosen[:, 0].tolist())) == 4
+
+
+def test_load_balancing_is_no_loss_of_uniform_attention_and_a_loss_of_one_kernel():
+    conv = FMDConv2d(32, 8, 1)
+    conv.attention.make_constant()
+    task = lambda images, labels: dict(loss=conv(images).mean() * 0)  # noqa: E731
+    balanced = laboratory.Balanced(task, [conv], Arm('', usage_weight=1.0, entropy_weight=1.0))
+    images = torch.randn(4, 32, 2, 2)
+    assert balanced(images, None)['loss'].item() == pytest.approx(0, abs=1e-6)
+    conv.attention.kernel.bias.data[0] = 100
+    assert balanced(images, None)['loss'].item() == pytest.approx(2, abs=1e-3)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--seeds', '0'], '--seeds must be at least 1, got 0'),
+    (['--images', '-1'], '--images must be at least 1, got -1'),
+])
+def test_bad_numbers_are_refused(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        _arms.parse_laboratory(argv)
