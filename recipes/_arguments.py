@@ -7,9 +7,10 @@ import argparse
 import dataclasses
 import types
 from pathlib import Path
+from typing import Any
 
 from _presets import PRESETS
-from _recipe import VALIDATION_SPLITS, Recipe
+from _recipe import VALIDATION_SPLITS
 from _recipe_checks import check_effects, check_recipe
 
 METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
@@ -46,7 +47,7 @@ def parse_recipe(argv: list[str], description: str | None = None) -> argparse.Na
     parser.add_argument('--output', type=path, metavar='FOLDER', help='for the results (runs/<preset>)')
     parser.add_argument(
         '--resume', type=name, metavar='auto|FOLDER', help="checkpoint to go on from; 'auto' is the output's last")
-    add_recipe(parser, PRESETS[next((argument for argument in argv if argument in PRESETS), 'digits')])
+    add_options(parser, PRESETS[next((argument for argument in argv if argument in PRESETS), 'digits')])
     given = vars(parser.parse_args(argv))
     output, resume, preset = given.pop('output'), given.pop('resume'), given.pop('preset')
     recipe = dataclasses.replace(PRESETS[preset], **given)
@@ -54,9 +55,9 @@ def parse_recipe(argv: list[str], description: str | None = None) -> argparse.Na
     return argparse.Namespace(preset=preset, recipe=recipe, output=output or Path('runs', preset), resume=resume)
 
 
-def add_recipe(parser: argparse.ArgumentParser, preset: Recipe) -> None:
-    """An option for each value of a recipe, with the preset's in its help; what isn't given isn't parsed."""
-    for field in dataclasses.fields(Recipe):
+def add_options(parser: argparse.ArgumentParser, preset: Any) -> None:
+    """An option for each value of a recipe, or of what else has them; what isn't given isn't parsed."""
+    for field in dataclasses.fields(preset):
         if field.metadata['group']:
             group = parser.add_argument_group(field.metadata['group'])
         value = getattr(preset, field.name)

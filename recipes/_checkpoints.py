@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +126,26 @@ def save(accelerator: Accelerator, checkpoints: Path, progress: dict[str, Any], 
     Raises:
         SystemExit: It can't be written. Older ones are as they were.
     """
+    def write_state(folder: Path):
+        accelerator.save_state(str(folder))
+        if accelerator.device.type == 'mps':
+            save_file(dict(state=torch.mps.get_rng_state()), folder / MPS_STATE)
+        if ema and accelerator.is_main_process:
+            save_model(ema.module, str(folder / AVERAGED))
+
+    return write(accelerator, checkpoints, progress, write_state)
+
+
+def write(
+        accelerator: Accelerator, checkpoints: Path, progress: dict[str, Any], write_state: Callable[[Path], None],
+) -> Path:
+    """Write a checkpoint: what `write_state` writes into a folder, which it makes, on every process, and `progress`.
+
+    Raises:
+        SystemExit: It can't be written. Older ones are as they were.
+    """
     unfinished, folder = checkpoints / UNFINISHED, checkpoints / name_of(progress)
     failed = f'the checkpoint {folder} could not be written, older ones are whole'
-
-    def write_state():
-        accelerator.save_state(str(unfinished))
-        if accelerator.device.type == 'mps':
-            save_file(dict(state=torch.mps.get_rng_state()), unfinished / MPS_STATE)
-        if ema and accelerator.is_main_process:
-            save_model(ema.module, str(unfinished / AVERAGED))
 
     def finish():
         write_json(unfinished / PROGRESS, progress)
@@ -146,7 +158,7 @@ def save(accelerator: Accelerator, checkpoints: Path, progress: dict[str, Any], 
 
     try:
         on_all(accelerator, failed, lambda: remove_unfinished(checkpoints), main_only=True)
-        on_all(accelerator, failed, write_state)
+        on_all(accelerator, failed, lambda: write_state(unfinished))
         on_all(accelerator, failed, finish, main_only=True)
     except SystemExit:
         if accelerator.is_main_process:

@@ -117,10 +117,14 @@ def train_mode(model: nn.Module) -> None:
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and keeps_statistics(module):
+            module.eval()
+
+
+def keeps_statistics(norm: nn.Module) -> bool:
+    """Whether all parameters of a BatchNorm that has some are frozen."""
+    parameters = list(norm.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def parameter_groups(

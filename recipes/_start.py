@@ -1,13 +1,15 @@
 """What a run starts from: names that the libraries know, and the network, with random weights or those of --init."""
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
 from _accelerator import usable_cores
 from _classes import label_names
-from _optim import check_optimizer
+from _data import LabelledImages
+from _optim import check_optimizer, freeze
 from _recipe import INFLATED, Recipe, refuse
 from _sources import find_source, load_network, origin_of
 from accelerate.tracking import get_available_trackers
@@ -179,6 +181,36 @@ def inflate_network(recipe: Recipe, static: nn.Module) -> nn.Module:
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f'--init {recipe.init}: a {theirs} does not become a {recipe.model}: {error}') from error
     return network
+
+
+def fit_network(
+        recipe: Recipe,
+        network: nn.Module,
+        origin: dict[str, Any] | None,
+        images: dict[str, LabelledImages],
+        say: Callable[[str], None],
+) -> tuple[nn.Module, list[str]]:
+    """The network to train, for the classes of the images, and these in the order of its outputs.
+
+    Args:
+        recipe: Complete.
+        network: What first_network returned, with `origin`, which is told whether the classifier is kept.
+        origin: None for random weights, which are drawn here.
+        images: Of each part; their classes get the network's order.
+        say: Prints.
+    """
+    names = images['train'].label_names
+    if origin is None:
+        return new_network(recipe, num_classes=len(names)), names
+    has_names = bool(network.pretrained_cfg.get('label_names'))
+    origin['classifier'], names = fit_classifier(network, names)
+    for part in images.values():
+        part.use_classes(names, '--init')
+    if origin['classifier'] == 'kept' and not has_names:
+        say('--init has no names for its classes: they are matched by their numbers')
+    if recipe.freeze:
+        freeze(network, recipe.freeze)
+    return network, names
 
 
 def fit_classifier(network: nn.Module, names: list[str]) -> tuple[str, list[str]]:

@@ -85,10 +85,6 @@ def make_training(
     if recipe.sync_bn and accelerator.num_processes > 1:
         network = convert_sync_batchnorm(network)
     network.to(device, memory_format=memory_format)
-    # None: a checkpoint's temperature stays. To raise it would undo what its attention has learned, and an inflated
-    # network needs no high one, because its attention is uniform at any.
-    anneals = recipe.temperature is not None and any(
-        name.endswith('kernel_temperature') for name, _ in network.named_buffers())
     ema = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     model, optimizer = accelerator.prepare(network, _optim.make_optimizer(recipe, network))
     if recipe.compile:
@@ -115,7 +111,7 @@ def make_training(
         _optim.make_scheduler(recipe, optimizer, total_steps // recipe.epochs),
         normalize=Normalize(data_config['mean'], data_config['std'], recipe.channels_last).to(device),
         erase=RandomErasing(recipe.reprob, mode='pixel', device=device), mixup=mixup, task=task,
-        anneals=anneals, total_steps=total_steps,
+        anneals=anneals(recipe, network), total_steps=total_steps,
     )
 
 
@@ -190,6 +186,16 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> Tensor:
         if training.ema:
             training.ema.update(accelerator.unwrap_model(model), training.step)
     return loss.detach()
+
+
+def anneals(recipe: Recipe, network: nn.Module) -> bool:
+    """Whether the temperature falls in training.
+
+    None in the recipe: a checkpoint's temperature stays. To raise it would undo what its attention has learned, and an
+    inflated network needs no high one, because its attention is uniform at any.
+    """
+    return recipe.temperature is not None and any(
+        name.endswith('kernel_temperature') for name, _ in network.named_buffers())
 
 
 def anneal(training: Training) -> None:

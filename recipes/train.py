@@ -21,7 +21,6 @@ from typing import Any
 
 import _broken
 import _checkpoints
-import _optim
 import torch
 from _accelerator import images_per_pass, make_accelerator, on_main, tracked
 from _data import LabelledImages, open_images, refuse_bad_images
@@ -41,8 +40,7 @@ from _start import (
     data_config,
     first_dynamic,
     first_network,
-    fit_classifier,
-    new_network,
+    fit_network,
 )
 from _training import Training, make_training
 from accelerate import Accelerator
@@ -89,18 +87,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
 
     # Build: network, batches, optimization
     set_seed(recipe.seed)
-    label_names = images['train'].label_names
-    if origin:
-        has_names = bool(network.pretrained_cfg.get('label_names'))
-        origin['classifier'], label_names = fit_classifier(network, label_names)
-        for part in images.values():
-            part.use_classes(label_names, '--init')
-        if origin['classifier'] == 'kept' and not has_names:
-            accelerator.print('--init has no names for its classes: they are matched by their numbers')
-        if recipe.freeze:
-            _optim.freeze(network, recipe.freeze)
-    else:
-        network = new_network(recipe, num_classes=len(label_names))
+    network, label_names = fit_network(recipe, network, origin, images, accelerator.print)
     if teacher:
         teacher = make_teacher(teacher, label_names, recipe.train_sizes(), accelerator.print)
     config = data_config(recipe, network)

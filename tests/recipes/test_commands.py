@@ -28,7 +28,8 @@ COMMANDS = dict(
     _timing=['digits', '--models', 'resnet18', '--learning-rate', '1'], _report=['--folder', 'runs'],
     bench=['--modell', 'resnet18'], first_gpu=['--outputs', 'report.md'],
     prepare_data=['digits', 'folder', '--sizes', '8'], export=['runs/digits', '--format', 'onxx'],
-    convert=['resnet18.pth', '--models', 'resnet18_od'],
+    convert=['resnet18.pth', '--models', 'resnet18_od'], federated=['digits', '--learning-rate', '1'],
+    _federated_report=['--folder', 'runs'],
 )
 
 
@@ -68,6 +69,8 @@ def test_accelerate_launches_a_recipe():
      '--lr must be positive and finite in float32, got 0.0'),
     ('predict', ['runs/digits', 'image.png', '--top', '0'], '--top must be at least 1, got 0'),
     ('prepare_data', ['digits', 'folder', '--quality', '101'], '--quality must be between 1 and 100, got 101'),
+    ('federated', ['digits', '--strategy', 'fedprox'],
+     '--strategy fedprox does what fedavg does: it needs --proximal-mu'),
     ('train', ['--help'], 0),
 ])
 def test_so_is_a_value_that_cannot_work_and_help(command, arguments, message):
