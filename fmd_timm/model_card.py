@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .card_template import ARTICLE, CARD, EXPORTED, EXPORTED_USAGE, RUNTIMES, TABLE
+from .card_template import ARTICLE, CARD, DYNAMICS, EXPORTED, EXPORTED_USAGE, RUNTIMES, TABLE
 from .layers import METHODS
 
 __all__ = ['make_card', 'results_table']
@@ -22,10 +22,11 @@ REQUIRED = (
 )
 # None where it could not be measured: a score without accuracy, the memory of a CPU, code outside of git; `init` where
 # training started from random weights, `teacher` where there was none, `temperature` where it was left alone, `method`
-# of a static network.
+# of a static network, and what its attention does.
 MAY_BE_NONE = (
     'init', 'teacher', 'method', 'temperature', 'preset', 'median_epoch_seconds', 'data_wait_share', 'ies', 'rcs',
     'ies_infer', 'rcs_infer', 'train_images_per_second', 'infer_images_per_second', 'peak_memory_mib', 'git_commit',
+    *DYNAMICS,
 )
 
 ARXIV = {layer.method: layer.arxiv for layer in METHODS.values()}
@@ -66,6 +67,8 @@ def results_table(record: dict[str, Any]) -> str:
         peak_memory_mib=_number(record['peak_memory_mib'], 'MiB'),
         parameters=_number(record['parameters']),
         gmacs=_number(record['gmacs']),
+        dynamics=''.join(
+            f'| {label} | {record[name]:.3f} |\n' for name, label in DYNAMICS.items() if record[name] is not None),
         input_size=' x '.join(map(str, record['input_size'])),
     ).rstrip()
 

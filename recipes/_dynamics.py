@@ -1,13 +1,17 @@
 """Is a dynamic network dynamic?  What the attention of each layer does over images."""
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from statistics import median
 
 import torch
+from _data import LabelledImages
 from torch import Tensor, nn
 
 from fmd_timm import DynamicConv2d
+
+MOST_IMAGES = 1024  # whose attention a record sums up
 
 
 class AttentionStatistics:
@@ -107,11 +111,29 @@ def averaged(statistics: dict[str, AttentionStatistics], kernels_only: bool = Fa
         yield
 
 
-def summarized(statistics: dict[str, AttentionStatistics]) -> dict[str, float]:
-    """Three numbers of a network, medians of its layers, for its record: those that its method has."""
+def summarized(statistics: dict[str, AttentionStatistics]) -> dict[str, float | None]:
+    """Three numbers of a network for its record, medians of its layers; None of what its method does not have."""
     numbers = {}
     for name in 'kernel_entropy', 'gate_std', 'kernel_distance':
         values = [getattr(layer, name)() for layer in statistics.values()]
-        if values and values[0] is not None:
-            numbers[name] = median(values)
+        numbers[name] = median(values) if values and None not in values else None
     return numbers
+
+
+@torch.inference_mode()
+def summarize(network: nn.Module, images: LabelledImages, normalize: nn.Module, batch: int) -> dict[str, float | None]:
+    """The same over at most `MOST_IMAGES` of a split, evenly spread, which are read here.
+
+    Args:
+        network: It stays as it is: its copy is not compiled.
+        images: With the transform of validation.
+        normalize: uint8 images -> the network's input, on its device.
+        batch: Images at a time.
+    """
+    network = copy.deepcopy(network).eval()
+    device, places = next(network.parameters()).device, images.sample(MOST_IMAGES)
+    with watched(network) as statistics:
+        for first in range(0, len(places) if statistics else 0, batch):
+            read = [images.transform(images.read(place)[0]) for place in places[first:first + batch]]
+            network(normalize(torch.stack(read).to(device)))
+    return summarized(statistics)

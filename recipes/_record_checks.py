@@ -51,6 +51,9 @@ def _impossible_values(record: dict[str, Any]) -> Iterator[str]:
     for name in PERCENT:
         if not _is_number(record[name]) or not 0 <= record[name] <= 100:
             yield f'{name} must be from 0 to 100, got {record[name]!r}'
+    for name, most in ('kernel_entropy', 1 + 1e-6), ('gate_std', 1.0), ('kernel_distance', math.inf):
+        if record[name] is not None and not (_is_number(record[name]) and 0 <= record[name] <= most):
+            yield f'{name} must be from 0 to {most:g}, got {record[name]!r}'
     if not _is_number(record['loss']) or record['loss'] < 0:
         yield f'loss must be at least 0, got {record["loss"]!r}'
     seconds = record['epoch_seconds']

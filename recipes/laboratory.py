@@ -223,7 +223,7 @@ def score(model: nn.Module, features: dict[str, Tensor]) -> dict:
         for name, kernels_only in ('top1_of_mean', False), ('top1_of_mean_kernels', True):
             with averaged(statistics, kernels_only):
                 scores[name] = top1(infer(model, features['validation']))
-        scores |= summarized(statistics)
+        scores |= {name: number for name, number in summarized(statistics).items() if number is not None}
         scores['layers'] = {
             name: {number: getattr(layer, number)() for number in (
                 'kernel_entropy', 'usage_entropy', 'gate_std', 'kernel_distance')}

@@ -70,6 +70,7 @@ def make_record(**changes):
         'ies': 1.25 / accuracy, 'rcs': accuracy / 1.25, 'ies_infer': 0.012 / accuracy, 'rcs_infer': 81155.7 * accuracy,
         'train_images_per_second': 11 * 128 / 1.25, 'infer_images_per_second': 81155.7, 'infer_ms_per_image': 0.012,
         'infer_batch': 256, 'peak_memory_mib': 1234.7, 'parameters': 44712345, 'gmacs': 0.567891, **hardware,
+        'kernel_entropy': 0.8764, 'gate_std': 0.0432, 'kernel_distance': 0.5,
         'input_size': [3, 32, 32], 'global_batch': 128, 'seed': 7, 'versions': versions, 'weights_sha256': '0' * 64,
         'git_commit': '0123456789abcdef', 'finished': '2026-11-20T12:00:00', **changes,
     }

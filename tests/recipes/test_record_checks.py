@@ -38,6 +38,7 @@ def test_what_training_leaves_is_consistent():
     (dict(device_count=8), 'median_epoch_seconds is 1.25, and None by'),  # on which no epoch was trained
     (dict(infer_ms_per_image=0), 'infer_ms_per_image must be positive, got 0'),
     (dict(peak_memory_mib='much'), "peak_memory_mib must be a number, got 'much'"),
+    (dict(kernel_entropy=1.5), 'kernel_entropy must be from 0 to 1, got 1.5'),
     (dict(label_names=['a', 'b']), 'num_classes is 10, and label_names are 2'),
     (dict(seed=8), 'seed is 8, and 7 in its recipe'),
     (dict(dataset='flowers'), "dataset is 'flowers', and 'digits' in its recipe"),

@@ -67,6 +67,7 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     if result['top1']:
         assert result['ies'] * result['rcs'] == pytest.approx(1)
     assert result['parameters'] == sum(p.numel() for p in timm.create_model(tiny.NAME).parameters())
+    assert 0 <= result['kernel_entropy'] <= 1 and 0 <= result['gate_std'] <= 0.5 and result['kernel_distance'] > 0
     assert result['gmacs'] > 0 and result['peak_memory_mib'] > 0 and result['infer_ms_per_image'] > 0
     assert {'torch', 'timm', 'fmd-timm'} <= result['versions'].keys()
     assert result['cudnn_benchmark'] == (result['device_type'] == 'cuda') and result['channels_last']
