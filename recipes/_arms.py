@@ -22,6 +22,7 @@ class Arm:
     kernel_lr: float = 1.0  # relative to the preset's
     attention_lr: float = 1.0  # relative to the preset's
     temperature: float = 1.0
+    freeze: str | None = None  # 'backbone': attention and classifier alone learn, of the static network the classifier
     normalized: bool = False  # the pooled features of each image have mean 0 and variance 1 in front of the attention
     usage_weight: float = 0.0  # in the loss, of 1 - entropy of the mean kernel_attn of a batch (load balancing)
     entropy_weight: float = 0.0  # in the loss, of 1 - mean entropy of kernel_attn
@@ -76,6 +77,15 @@ ARMS = {
     'pointwise': Arm('1x1 convolutions alone', layers='conv_pw'),
     'depthwise': Arm('the depthwise convolution alone', layers='conv_dw'),
     'head': Arm('the last convolution, too', layers='conv'),
+
+    'static_frozen_1e-2': Arm('static, classifier alone', 1e-2, None, freeze='backbone'),
+    'static_frozen_2e-2': Arm('static, classifier alone', 2e-2, None, freeze='backbone'),
+    'static_frozen_5e-2': Arm('static, classifier alone', 5e-2, None, freeze='backbone'),
+    'frozen_1e-2': Arm('attention and classifier alone', 1e-2, freeze='backbone'),
+    'frozen_2e-2': Arm('attention and classifier alone', freeze='backbone'),
+    'frozen_k1': Arm('attention and classifier alone, K = 1', num_kernels=1, freeze='backbone'),
+    'frozen_gaussian': Arm(
+        'attention and classifier alone, kernels differ by Gaussian noise', kernels='gaussian', freeze='backbone'),
 }
 
 

@@ -4,8 +4,8 @@ Many small fine-tunes of one trained network. The images' features in front of i
 arm (`_arms.py`) then trains the last stage, static or inflated, and the classifier, as the preset `finetune` does, on
 the same images in the same number of steps, and is scored on images that no arm has seen.
 
-Writes a line for each run into <output>/<name of the dataset>.jsonl; runs that are there are not run again. `--table`
-prints the tables of recipes/results/README.md, of the files in recipes/results/laboratory, and runs nothing.
+Writes a line for each run into <output>/<dataset>_<images>_x_<epochs>.jsonl; runs that are there are not run again.
+`--table` prints the tables of recipes/results/README.md, of the files in recipes/results/laboratory, and runs nothing.
 """
 import sys
 
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import _optim
 import torch
 import torch.nn.functional as F
 from _accelerator import make_accelerator
@@ -187,6 +188,8 @@ def run(arm: Arm, recipe: Recipe, tail: nn.Module, features: dict[str, Tensor], 
     steps = len(chosen) // recipe.batch_size
     accelerator = make_accelerator(recipe, output)
     network = make_network(tail, arm, int(labels.max()) + 1, seed)
+    if arm.freeze:
+        _optim.freeze(network, arm.freeze)
     if not arm.router_learns:
         for conv in (module for module in network.modules() if isinstance(module, DynamicConv2d)):
             conv.attention.kernel.requires_grad_(False)
@@ -196,7 +199,7 @@ def run(arm: Arm, recipe: Recipe, tail: nn.Module, features: dict[str, Tensor], 
     training.normalize = nn.Identity()  # features are what they are
     start_otherwise(training, arm, features['train'][chosen], seed)
 
-    training.model.train()
+    _optim.train_mode(training.model)
     start, losses = time.perf_counter(), []
     for _ in range(recipe.epochs):
         order = chosen[torch.randperm(len(chosen), generator=generator)]
@@ -242,7 +245,7 @@ def main(
     features = cached_features(body, args, about, output / f'{name}.safetensors')
     recipe = dataclasses.replace(PRESETS['finetune'], epochs=epochs, tracker='none', num_workers=0)
     settings = dict(about, images=min(images, len(features['train'])), epochs=epochs)
-    path = output / f'{name}.jsonl'
+    path = output / f'{name}_{settings["images"]}_x_{epochs}.jsonl'
     done = read_runs(path) if path.exists() else []
     if any(line['settings'] != settings for line in done):
         raise SystemExit(f'{path} holds runs with other settings: name another --output')

@@ -49,17 +49,17 @@ def test_a_command_runs_its_arms_once_and_says_what_they_did(checkpoint, few_ima
     arms = 'static_2e-2', 'fmd_2e-2', 'k1', 'cond'
     run(checkpoint, tmp_path, '--arms', *arms[:2])
     run(checkpoint, tmp_path, '--arms', *arms)
-    lines = [json.loads(line) for line in (tmp_path / 'digits.jsonl').read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / 'digits_64_x_1.jsonl').read_text().splitlines()]
     assert [line['arm'] for line in lines] == list(arms)
     static, fmd, one, cond = lines
     assert 'kernel_entropy' not in static and 'kernel_entropy' not in one and 'gate_std' not in cond
     assert 0 <= fmd['kernel_entropy'] <= 1 and 0 <= fmd['top1_of_mean'] <= 100 and len(fmd['layers']) == 3
     assert 'fmd_2e-2, seed 0: top1 ' in capsys.readouterr().out
     monkeypatch.setattr(_lab_table, 'read_runs', lambda path: lines)
-    table = _lab_table.make_table(tmp_path / 'digits.jsonl')
+    table = _lab_table.make_table(tmp_path / 'digits_64_x_1.jsonl')
     assert f'| `fmd_2e-2` | FMDConv | 0.02 | {fmd["top1"]:.2f} | {fmd["top1"] - static["top1"]:+.2f} |' in table
     with pytest.raises(SystemExit, match='holds runs with other settings'):
-        run(checkpoint, tmp_path, '--arms', 'static_2e-2', '--epochs', '2')
+        run(checkpoint, tmp_path, '--arms', 'static_2e-2', '--image-size', '64')
 
 
 def test_the_difference_is_paired_by_seed_with_its_standard_error():
