@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor
 
-from ..ops import c_conv, dynamic_conv2d, mixed_bias
-from ..ops.case import Attention, case_of
+from ..ops import c_conv, dynamic_conv2d, mixed_bias, per_image
+from ..ops.case import Attention, case_of, empty_as
 from ..ops.fastest import fastest
+from ..ops.layout import slices
 from ..ops.operator import algorithms, check, convolve, is_plain
 from .attention import at_least_float32
 from .folded import norm_as_affine
@@ -119,11 +121,25 @@ class PreparedConv2d(nn.Module):
     def _by(self, algorithm: ModuleType, x: Tensor, layer: c_conv.Layer | None) -> Tensor:
         if algorithm is c_conv:
             return layer(x)
+        if algorithm is per_image and layer is not None and layer.mixes and self.bias is None:
+            return self._each_by_its_kernel(x, layer)
         attention = Attention(*(self.attention(x) if layer is None else layer.attend(x)))
         y = convolve(self._padded(x), self.weight, _scaled(attention, self._unit()), *self.conv_args, algorithm)
         if self.bias is not None:
             y += mixed_bias(self.bias, attention.kernel_attn, attention.out_attn)[:, :, None, None]
         return y if self.shift is None else y.add_(self.shift[:, None, None])
+
+    def _each_by_its_kernel(self, x: Tensor, layer: c_conv.Layer) -> Tensor:
+        """As `per_image`, with kernels that C mixes: all that a static convolution doesn't do is one call into C."""
+        if len(x) == 1:
+            return F.conv2d(self._padded(x), layer.mixed(x)[0], self.shift, *self.conv_args)
+        images, y = self._padded(x).split(1), None
+        for part in slices(len(x), layer.images_at_once):
+            for b, kernel in enumerate(layer.mixed(x[part]), part.start):
+                result = F.conv2d(images[b], kernel, self.shift, *self.conv_args)
+                y = empty_as(result, len(x), *result.shape[1:]) if y is None else y
+                y[b:b + 1] = result  # the next takes the same memory
+        return y
 
     def _unit(self) -> Tensor | None:
         """What an integer 1 stands for in each output channel (O,), where kernels are integers."""
@@ -138,7 +154,7 @@ class PreparedConv2d(nn.Module):
         check(padded, x.new_empty(1).expand(self.weight.shape), attention, *self.conv_args)
         case = case_of(padded, self.weight, attention, *self.conv_args)
         case = case._replace(channels_last=True, weight_channels_last=True)  # C copies what is laid out otherwise
-        in_c = made.layer is not None and made.layer.convolves
+        in_c = made.layer is not None and made.layer.bank is not None
         candidates = [algorithm for algorithm in algorithms('prepared', case) if in_c or algorithm is not c_conv]
         return fastest(
             'prepared', case, candidates, lambda tried: self._by(tried, x, made.layer),
@@ -158,7 +174,7 @@ class PreparedConv2d(nn.Module):
             and c_conv.takes(self.weight, self.num_kernels))
         return c_conv.Layer(
             *maps, attention.competes, attention.gate_sizes, groups * self.weight.shape[1],
-            self.weight if is_convolved else None, self._unit(), self.shift, *pairs)
+            self.weight, is_convolved, self._unit(), self.shift, *pairs)
 
     def _padded(self, x: Tensor) -> Tensor:
         stride, _, dilation, _ = self.conv_args

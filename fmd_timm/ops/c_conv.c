@@ -52,8 +52,10 @@ typedef struct {
     long taps[2], stride[2], padding[2], dilation[2], in_size[2], out_size[2];
     long rows, columns;   // of a padded image, as far as taps meet it; of its columns, every stride-th (see `pad`)
     long padded;          // numbers of a padded image
-    long group;           // images that are convolved together: the kernels are read once for all of them
+    long group;           // images that are convolved together: the kernels are read once for all of them. All where
+                          // the images' kernels are wanted
     long chunk;           // numbers of padded images that a thread should work on at once
+    long groups;          // of the channels; only `mix_kernels` knows more than one
 } Conv;
 
 typedef struct {
@@ -64,11 +66,13 @@ typedef struct {
     const void *bank;     // the kernels laid out to be read faster (O / O_BLOCK, taps, I, K, O_BLOCK), or null
     const float *scale;   // (O): the bank is of int16, and times this the kernels; null: it is the kernels
     const float *shift;   // (O) or null
-    float *kernel_attn, *gates[GATES];  // (B, K); (B, I), (B, O), (B, taps), null is 1 everywhere
-    float *pooled, *squeezed;           // memory for the attention: (B, I), (B, outputs of squeeze)
+    float *memory;        // for the attention: see `divide`
     float *padded;        // memory for the convolution: (group, rows, I, stride, columns)
-    float *y;             // (B, H', W', O); null: only the attention is asked for
+    float *y;             // (B, H', W', O), or null
+    float *kernels;       // each image's kernel with all of its attention (B, O, taps, I / groups), or null
     long batch, threads;
+    float *kernel_attn, *gates[GATES];  // (B, K); (B, I), (B, O), (B, taps), null is 1 everywhere
+    float *pooled, *squeezed;           // (B, I), (B, outputs of squeeze)
 } Call;
 
 typedef struct {
@@ -127,6 +131,17 @@ static void share(const Call *c, long image, const float *features) {
     for (long k = 0; k < K && c->maps->has_softmax; k++) shares[k] /= sum;
 }
 
+// The parts of the memory for the attention of a group of images.
+static void divide(Call *c) {
+    float *next = c->memory;
+    c->kernel_attn = next, next += c->batch * c->conv->num_kernels;
+    for (int g = 0; g < GATES; g++) {
+        long size = c->batch * c->maps->gates[g].outputs;
+        c->gates[g] = size ? next : 0, next += size;
+    }
+    c->pooled = next, c->squeezed = next + c->batch * c->conv->in_channels;
+}
+
 static void attend(const Call *c) {
     const Maps *maps = c->maps;
     long B = c->batch, I = c->conv->in_channels, hidden = maps->squeeze.outputs, blocks = (I + O_BLOCK - 1) / O_BLOCK;
@@ -151,6 +166,34 @@ static void attend(const Call *c) {
         #pragma omp for schedule(static)
         for (long b = 0; b < B; b++) share(c, b, features + (b + 1) * count - maps->kernel.inputs);
     }
+}
+
+// Output channels first to last of the kernel of an image.
+static void mix_kernel(const Call *c, long image, long first, long last) {
+    const Conv *conv = c->conv;
+    long O = conv->out_channels, I = conv->in_channels / conv->groups, taps = conv->taps[0] * conv->taps[1];
+    long size = O * taps * I, start = first * taps * I, n = last * taps * I - start;
+    const float *shares = c->kernel_attn + image * conv->num_kernels;
+    float *kernel = c->kernels + image * size + start;
+    for (long k = 0; k < conv->num_kernels; k++)
+        for (long r = 0; r < n; r++) kernel[r] = (k ? kernel[r] : 0) + shares[k] * c->weight[k * size + start + r];
+    for (long o = first; o < last; o++)
+        for (long tap = 0; tap < taps; tap++, kernel += I) {
+            float gate = (c->gates[OUT] ? c->gates[OUT][image * O + o] : 1)
+                * (c->gates[TAP] ? c->gates[TAP][image * taps + tap] : 1);
+            const float *in_attn = c->gates[IN] ? c->gates[IN] + (image * conv->groups + o * conv->groups / O) * I : 0;
+            for (long i = 0; i < I; i++) kernel[i] *= in_attn ? in_attn[i] * gate : gate;
+        }
+}
+
+// The kernels of all images, some output channels at a time: those of the K kernels stay in the cache meanwhile.
+static void mix_kernels(const Call *c) {
+    long O = c->conv->out_channels, R = c->conv->taps[0] * c->conv->taps[1] * c->conv->in_channels / c->conv->groups;
+    long rows = R_PANEL * O_BLOCK / R + 1;
+    #pragma omp parallel for schedule(static) num_threads(c->threads)
+    for (long first = 0; first < O; first += rows)
+        for (long image = 0; image < c->batch; image++)
+            mix_kernel(c, image, first, first + rows < O ? first + rows : O);
 }
 
 // Copies a row of an image with the zeros around it, so that the pixels that meet one weight lie side by side: of each
@@ -423,10 +466,15 @@ void fmd_timm_run(const Call *all) {
         Call c = *all;
         c.batch = all->batch - first < conv->group ? all->batch - first : conv->group;
         c.x += first * conv->in_size[0] * conv->in_size[1] * conv->in_channels;
-        c.kernel_attn += first * conv->num_kernels;
-        for (int g = 0; g < GATES; g++)
-            if (c.gates[g]) c.gates[g] += first * sizes[g];
-        if (c.maps) attend(&c);
+        if (c.maps) {
+            divide(&c);
+            attend(&c);
+        } else {
+            c.kernel_attn += first * conv->num_kernels;
+            for (int g = 0; g < GATES; g++)
+                if (c.gates[g]) c.gates[g] += first * sizes[g];
+        }
+        if (c.kernels) mix_kernels(&c);
         if (!c.y) continue;
         c.y += first * conv->out_size[0] * conv->out_size[1] * conv->out_channels;
         convolve(&c);

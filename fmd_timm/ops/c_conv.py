@@ -11,7 +11,6 @@ import math
 import mmap
 from ctypes import addressof
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -95,14 +94,16 @@ def backward(grad_y: Tensor, x: Tensor, weight: Tensor, attention: Attention, ca
 
 
 class Layer:
-    """Attention and dynamic convolution of float32 images (B, I, H, W), with groups = 1 and more than one kernel.
+    """Attention and dynamic convolution of float32 images (B, I, H, W), with more than one kernel.
 
     Its first arguments are those of `fmd_timm.layers.folded.FoldedAttention`: `gates` sees as many of the first of the
     squeezed features as it has inputs, and `kernel` of the last. Tensors must not be changed.
 
     Args:
         in_channels: I.
-        weight: The kernels (K * O, I, kh, kw), which are copied to be read faster; None for the attention alone.
+        weight: The kernels (K * O, I / groups, kh, kw).
+        convolves: Whether it is to convolve, too, for which groups must be 1 and the kernels are copied to be read
+            faster.
         scale: What kernels of int16 or int8 are multiplied with (O,); None for those of float32.
         shift: Added in the end (O,), or None.
         stride: Vertical and horizontal, as are `padding` and `dilation`.
@@ -114,7 +115,7 @@ class Layer:
 
     def __init__(
             self, squeeze: Map | None, gates: Map | None, kernel: Map, competes: bool, gate_sizes: list[int],
-            in_channels: int, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None,
+            in_channels: int, weight: Tensor, convolves: bool, scale: Tensor | None, shift: Tensor | None,
             stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
     ):
         # Aliases: their memory stays even if a parameter is given another.
@@ -124,19 +125,25 @@ class Layer:
         of_gates = [None] * 3 if gates is None else zip(*(t.split(gate_sizes) for t in gates))
         self.maps = Maps(_linear(squeeze), tuple(map(_linear, of_gates)), _linear(kernel), competes)
         self.tensors = squeeze, gates, kernel  # as long as `maps` points into them
-        self.convolves, self.bank = weight is not None, None
+        weight = weight.detach().contiguous(memory_format=torch.channels_last)
         self.scale, self.shift = (None if t is None else t.detach().float().contiguous() for t in (scale, shift))
-        num_kernels, out_channels, kernel_size = len(kernel[1]), 0, (1, 1)
-        if self.convolves:
-            self.bank = _bank(weight.detach(), num_kernels)
-            out_channels, kernel_size = len(weight) // num_kernels, tuple(weight.shape[2:])
-        self.sizes = in_channels, out_channels, num_kernels, kernel_size, *map(tuple, (stride, padding, dilation))
+        num_kernels = len(kernel[1])
+        self.mixes, self.weight = weight.dtype == torch.float32, weight
+        self.bank = _bank(weight, num_kernels) if convolves else None
+        self.starts = [*map(_start, (self.weight, self.bank, self.scale, self.shift))]
+        self.sizes = (
+            in_channels, len(weight) // num_kernels, num_kernels, tuple(weight.shape[2:]),
+            *map(tuple, (stride, padding, dilation)))
+        self.groups = in_channels // weight.shape[1]
+        self.kernel_shape = self.sizes[1], *weight.shape[2:], weight.shape[1]
+        # Whose kernels should be mixed before they are used: so many that these stay in a cache.
+        self.images_at_once = max(10 * cache_bytes() // (4 * math.prod(self.kernel_shape)), 1)
         # Numbers for each image: the attention, the means of the channels, the squeezed features.
         self.parts = [num_kernels, *gate_sizes, in_channels, self.maps.squeeze.outputs]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The result of attention and convolution (B, O, H', W'), channels_last; not of a layer without kernels."""
-        assert self.convolves
+        """The result of attention and convolution (B, O, H', W'), channels_last; of a layer that convolves."""
+        assert self.bank is not None
         x = self._checked(x)
         conv = _conv(*self.sizes, tuple(x.shape[2:]))
         if conv is None:
@@ -148,12 +155,22 @@ class Layer:
         self._run(conv, x, self._memory(x), _padded(x, conv), y)
         return y.permute(0, 3, 1, 2)
 
+    def mixed(self, x: Tensor) -> Tensor:
+        """The kernel of each image with all of its attention (B, O, I / groups, kh, kw), channels_last.
+
+        Not of kernels that are integers.
+        """
+        assert self.mixes
+        x = self._checked(x)
+        kernels = x.new_empty(len(x), *self.kernel_shape)
+        self._run(self._conv(x), x, self._memory(x), kernels=kernels)
+        return kernels.permute(0, 1, 4, 2, 3)
+
     def attend(self, x: Tensor) -> Attention:
         """The attention of the images."""
         x = self._checked(x)
         memory, B = self._memory(x), len(x)
-        conv = Conv(in_channels=x.shape[1], num_kernels=self.parts[0], in_size=tuple(x.shape[2:]), group=B)
-        self._run(conv, x, memory, None, None)
+        self._run(self._conv(x), x, memory)
         parts = zip(self.parts[:4], memory.split([B * size for size in self.parts]))
         return Attention(*(part.view(B, size) if size else None for size, part in parts))
 
@@ -163,15 +180,17 @@ class Layer:
                              f'{tuple(x.shape)}, {x.dtype} on {x.device}')
         return x.contiguous(memory_format=torch.channels_last)
 
+    def _conv(self, x: Tensor) -> Conv:
+        """The sizes for the attention and the kernels of all images at once."""
+        return Conv(*self.sizes[:4], in_size=tuple(x.shape[2:]), group=len(x), groups=self.groups)
+
     def _memory(self, x: Tensor) -> Tensor:
         return x.new_empty(len(x) * sum(self.parts))
 
-    def _run(self, conv: Conv, x: Tensor, memory: Tensor, padded: Tensor | None, y: Tensor | None) -> None:
-        starts = accumulate((len(x) * size * x.element_size() for size in self.parts), initial=memory.data_ptr())
-        kernel_attn, *gates, pooled, squeezed = (start if size else None for size, start in zip(self.parts, starts))
+    def _run(self, conv: Conv, x: Tensor, memory: Tensor, padded=None, y=None, kernels=None) -> None:
         library().fmd_timm_run(Call(
-            addressof(self.maps), addressof(conv), _start(x), None, *map(_start, (self.bank, self.scale, self.shift)),
-            kernel_attn, tuple(gates), pooled, squeezed, _start(padded), _start(y), len(x), torch.get_num_threads()))
+            addressof(self.maps), addressof(conv), _start(x), *self.starts, *map(_start, (memory, padded, y, kernels)),
+            len(x), torch.get_num_threads()))
 
 
 def _start(t: Tensor | None) -> int | None:

@@ -31,8 +31,9 @@ SOURCE = Path(__file__).with_name('c_conv.c')
 FLAGS = '-O3', '-march=native', '-std=gnu11', '-fPIC', '-shared'
 OPENMP = ('-fopenmp',), ()  # with threads where the compiler has them (GCC: PyTorch's own libgomp, loaded already)
 MACHINES = 'x86_64', 'aarch64'
-# Of the test, without and with a shift: the result times its gradient, summed up. By `reference.py` in float64.
-EXPECTED = 1003.5762, 1023.2305
+# Of the test, by `reference.py` in float64: the result times its gradient, summed up, without and with a shift; the
+# kernel of each image times one of the K, summed up.
+EXPECTED = 1003.5762, 1023.2305, 132.3362
 
 _lock = threading.Lock()
 
@@ -54,13 +55,14 @@ class Conv(ctypes.Structure):
     _fields_ = [
         *_fields(ctypes.c_long, 'in_channels out_channels num_kernels'),
         *_fields(ctypes.c_long * 2, 'taps stride padding dilation in_size out_size'),
-        *_fields(ctypes.c_long, 'rows columns padded group chunk')]
+        *_fields(ctypes.c_long, 'rows columns padded group chunk groups')]
 
 
 class Call(ctypes.Structure):
     _fields_ = [
-        *_fields(ctypes.c_void_p, 'maps conv x weight bank scale shift kernel_attn'), ('gates', ctypes.c_void_p * 3),
-        *_fields(ctypes.c_void_p, 'pooled squeezed padded y'), *_fields(ctypes.c_long, 'batch threads')]
+        *_fields(ctypes.c_void_p, 'maps conv x weight bank scale shift memory padded y kernels'),
+        *_fields(ctypes.c_long, 'batch threads'), ('kernel_attn', ctypes.c_void_p), ('gates', ctypes.c_void_p * 3),
+        *_fields(ctypes.c_void_p, 'pooled squeezed')]
 
 
 class Backward(ctypes.Structure):
@@ -185,7 +187,7 @@ def _test_inputs() -> tuple[list[ctypes.Array], list[ctypes.Array]]:
 
 
 def _self_test(file: str) -> None:
-    """Attention and convolution of two small images, in all layouts of kernels, and their gradients.
+    """Attention, kernels and convolution of two small images, in all layouts of kernels, and their gradients.
 
     The result is linear in the images and in the kernels: each of them times its gradient is the result times its own.
     """
@@ -204,23 +206,27 @@ def _self_test(file: str) -> None:
         for pair in zip(linear[::2], linear[1::2]))
     maps = Maps(squeeze, tuple(gates), kernel, True)
     conv = Conv(I, O, K, (3, 3), (1, 1), (1, 1), (1, 1), (H, W), (H, W), H + 2, W + 2, (H + 2) * (W + 2) * I, 1, 1)
-    y, grad_x, grad_weight, grad_in_attn, padded, products, of_x, of_y, *memory = (
+    of_all = Conv(I, O, K, (3, 3), in_size=(H, W), group=B, groups=1)
+    parts = K, I, O, taps, I, hidden
+    y, grad_x, grad_weight, grad_in_attn, padded, products, of_x, of_y, kernels, memory, other_memory = (
         (ctypes.c_float * size)() for size in (
             len(grad_y), len(x), len(weight), B * I, conv.padded, taps * B * K * O, len(x), len(grad_y),
-            *(B * n for n in (K, I, O, taps, I, hidden))))
+            B * O * taps * I, B * sum(parts), B * sum(parts)))
 
     def check(values: ctypes.Array, gradient: ctypes.Array, expected: float, message: str) -> None:
         if not math.isclose(math.fsum(map(operator.mul, values, gradient)), expected, rel_tol=1e-4):
             sys.exit(message)
 
-    kernel_attn, *attn, pooled, squeezed = map(ctypes.addressof, memory)
-    pointers = dict(conv=conv, x=x, padded=padded, y=y)
+    kernel_attn, *attn = itertools.accumulate((4 * B * n for n in parts[:3]), initial=ctypes.addressof(memory))
+    pointers = dict(conv=conv, x=x, padded=padded, memory=other_memory, y=y)
     of_layer = dict(maps=maps, bank=bank, shift=shift), dict(maps=maps, bank=integers, scale=scale, shift=shift)
-    for more in *of_layer, dict(weight=weight), dict(weight=weight, shift=shift):
+    mixing = dict(conv=of_all, x=x, maps=maps, weight=weight, memory=memory, kernels=kernels, y=None)
+    for more in mixing, *of_layer, dict(weight=weight), dict(weight=weight, shift=shift):
         tested.fmd_timm_run(Call(
-            **{name: ctypes.addressof(t) for name, t in {**pointers, **more}.items()}, kernel_attn=kernel_attn,
-            gates=tuple(attn), pooled=pooled, squeezed=squeezed, batch=B, threads=2))
-        check(y, grad_y, EXPECTED['shift' in more], 'it computes something else than it should')
+            **{name: ctypes.addressof(t) for name, t in {**pointers, **more}.items() if t}, kernel_attn=kernel_attn,
+            gates=tuple(attn), batch=B, threads=2))
+        found = (kernels, weight, EXPECTED[2]) if more is mixing else (y, grad_y, EXPECTED['shift' in more])
+        check(*found, 'it computes something else than it should')
     tensors = map(ctypes.addressof, (conv, x, weight, grad_y))
     gradients = map(ctypes.addressof, (grad_x, grad_weight, grad_in_attn, products, of_x, of_y))
     tested.fmd_timm_backward(Backward(*tensors, kernel_attn, tuple(attn), *gradients, batch=B, threads=2, chunks=1))

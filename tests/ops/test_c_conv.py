@@ -138,7 +138,8 @@ METHODS = {  # sizes of what is squeezed for the gates and for the kernels, soft
 }
 
 
-def make_layer(method, K, I, O, kernel_size, stride, padding, dilation, has_weight=True, are_integers=False):
+def make_layer(
+        method, K, I, O, kernel_size, stride, padding, dilation, groups=1, convolves=True, are_integers=False):
     """A layer, its kernels and shift, and a function that computes its attention in float64"""
     hidden, competes, given = METHODS[method]
     gate_sizes = [size if is_given else 0 for size, is_given in zip((I, O, kernel_size[0] * kernel_size[1]), given)]
@@ -149,14 +150,14 @@ def make_layer(method, K, I, O, kernel_size, stride, padding, dilation, has_weig
     squeeze = linear(sum(hidden) if hidden and hidden[0] != hidden[1] else hidden[0], I) if hidden else None
     gates = linear(sum(gate_sizes), hidden[0]) if any(given) else None
     kernel = linear(K, hidden[1] if hidden else I)
-    weight = torch.randn(K * O, I, *kernel_size) if has_weight else None
+    weight = torch.randn(K * O, I // groups, *kernel_size)
     shift, scale = torch.randn(O), None
     if are_integers:
         scale, integers = torch.rand(O) / 2**15, torch.randint(-2**15, 2**15, weight.shape, dtype=torch.int16)
         weight = integers * scale.repeat(K)[:, None, None, None]
     layer = c_conv.Layer(
-        squeeze, gates, kernel, competes, gate_sizes, I, weight if scale is None else integers, scale, shift, stride,
-        padding, dilation)
+        squeeze, gates, kernel, competes, gate_sizes, I, weight if scale is None else integers, convolves, scale, shift,
+        stride, padding, dilation)
 
     def attend(x):
         def apply(pair, features):
@@ -202,10 +203,28 @@ def assert_same_attention(found, expected):
 
 @pytest.mark.parametrize('method', METHODS)
 def test_the_attention_alone_may_be_of_any_channels(method):
-    layer, _, _, attend = make_layer(method, 3, 7, 5, (3, 3), (1, 1), (1, 1), (1, 1), has_weight=False)
+    layer, _, _, attend = make_layer(method, 3, 7, 5, (3, 3), (1, 1), (1, 1), (1, 1), convolves=False)
     for batch in 1, 4:
         x = torch.randn(batch, 7, 6, 5)
         assert_same_attention(layer.attend(x), attend(x))
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('K, I, O, groups, kernel_size', [
+    (4, 7, 5, 1, (3, 3)), (2, 40, 24, 1, (1, 1)), (3, 12, 18, 6, (3, 1)), (4, 36, 36, 36, (5, 5)),
+    (8, 1200, 13, 1, (3, 3)),
+], ids=str)
+@pytest.mark.parametrize('batch, threads', [(1, 1), (3, 2)])
+def test_a_layer_mixes_kernels_of_any_size(batch, threads, K, I, O, groups, kernel_size, method):
+    layer, weight, _, attend = make_layer(
+        method, K, I, O, kernel_size, (1, 1), (0, 0), (1, 1), groups=groups, convolves=False)
+    x = torch.randn(batch, I, 6, 5)
+    torch.set_num_threads(threads)
+    kernel_attn, *gates = attend(x)
+    expected = torch.einsum('bk,kgoihw->bgoihw', kernel_attn, weight.double().unflatten(0, (K, groups, -1)))
+    for gate, shape in zip(gates, [(groups, 1, -1, 1, 1), (groups, -1, 1, 1, 1), (1, 1, 1, *kernel_size)]):
+        expected = expected if gate is None else expected * gate.view(batch, *shape)
+    assert_close(layer.mixed(x).flatten(0, 1), expected.flatten(0, 2))
 
 
 def test_an_image_does_not_depend_on_its_batch_in_a_layer(cache_of):
@@ -221,7 +240,8 @@ def test_an_image_does_not_depend_on_its_batch_in_a_layer(cache_of):
 def test_a_layer_keeps_the_tensors_it_was_made_of():
     linear = torch.nn.Linear(16, 2)
     layer = c_conv.Layer(
-        None, None, (linear.weight, linear.bias), True, [0, 0, 0], 16, None, None, None, (1, 1), (0, 0), (1, 1))
+        None, None, (linear.weight, linear.bias), True, [0, 0, 0], 16, torch.ones(2, 16, 1, 1), False, None,
+        None, (1, 1), (0, 0), (1, 1))
     x = torch.randn(1, 16, 3, 3)
     before = layer.attend(x).kernel_attn
     for parameter in linear.parameters():
@@ -243,7 +263,7 @@ def test_a_layer_gives_nan_for_nan():
     torch.zeros(1, 32, 5, 5, device='meta')], ids=['channels', '3-D', 'float64', 'meta'])
 def test_a_layer_refuses_images_that_it_would_misread(x):
     layer, *_ = make_layer('od', 4, 32, 32, (3, 3), (1, 1), (0, 0), (1, 1))
-    for call in layer, layer.attend:
+    for call in layer, layer.attend, layer.mixed:
         with pytest.raises(ValueError, match=r'x must have shape \(B, 32, H, W\) and be float32 on the CPU, got \('):
             call(x)
 
@@ -284,7 +304,12 @@ def convolve_at_random(seed: int, count: int) -> None:
             x = torch.randn(batch, I, *size)
             attention = attend(x)
             case = case_of(x, weight, attention, stride, padding, dilation, 1)
-            assert_close(layer(x), definition(x, weight, attention, case) + shift[:, None, None])
+            expected = definition(x, weight, attention, case) + shift[:, None, None]
+            assert_close(layer(x), expected)
+            if layer.mixes:
+                pairs = zip(x.split(1), layer.mixed(x))
+                y = torch.cat([F.conv2d(*pair, shift, stride, padding, dilation) for pair in pairs])
+                assert_close(y.contiguous(memory_format=torch.channels_last), expected)
         done += 1
 
 

@@ -290,7 +290,11 @@ def test_what_the_test_of_a_library_expects_is_of_the_definition():
     gates = (F.linear(features, *pair).sigmoid() for pair in maps[1:4])
     attention = Attention(F.linear(features, *maps[4]).softmax(1), *gates)
     y = reference.forward(x, weight, attention, case_of(x, weight, attention, (1, 1), (1, 1), (1, 1), 1))
+    mixed = torch.einsum('bk,koihw->boihw', attention.kernel_attn, weight.unflatten(0, (3, 32)))
+    mixed *= attention.out_attn[:, :, None, None, None] * attention.in_attn[:, None, :, None, None]
+    mixed *= attention.tap_attn.view(2, 1, 1, 3, 3)
     expected = [(result * grad_y).sum().item() for result in (y, y + shift[:, None, None])]
+    expected.append((mixed * weight.unflatten(0, (3, 32))[:2]).sum().item())
     assert c_library.EXPECTED == pytest.approx(expected, rel=1e-6)
 
 
