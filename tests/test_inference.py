@@ -37,6 +37,8 @@ def make_model(name='resnet18_fmd', **kwargs):
     args = {}
     if 'resnet' in name:
         args.update(channels=(32, 24, 32, 64), layers=(2, 1, 1, 1), num_classes=5, zero_init_last=False)
+    if 'resnet20' in name:  # whose shortcut only adds channels
+        args.update(channels=(16, 24, 64), layers=(2, 1, 1))
     return randomize(timm.create_model(name, **dict(args, **kwargs)))
 
 
@@ -88,7 +90,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('name', [
     'resnet18_fmd', 'resnet18_fmd_cifar', 'resnet50_fmd', 'resnet50_fmd_cifar', 'resnet18_od', 'resnet18_dy',
-    'resnet18_cond', 'resnet18_cifar',
+    'resnet18_cond', 'resnet18_cifar', 'resnet20_fmd_cifar',
 ])
 def test_outputs_are_the_same(name, batch, way):
     model = make_model(name)

@@ -61,7 +61,7 @@ def assert_same(model, static, rtol, images=None):
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnet18_cifar', 'mobilenetv3_small_100'])
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnet18_cifar', 'resnet20_cifar', 'mobilenetv3_small_100'])
 def test_logits_are_those_of_the_static_network_at_any_temperature(name, method):
     static = make_static(name)
     model = inflate(static, method)

@@ -31,7 +31,7 @@ from ..inflate import checkpoint_filter_fn, is_static
 __all__ = ['HUB_CARDS', 'MODULES', 'WEIGHTS_NAME', 'build_model', 'inflated_cfgs', 'with_published_tags']
 
 # Of our models in timm's registry
-MODULES = ['cifar_resnet', 'dynamic_mobilenetv2', 'dynamic_mobilenetv3', 'dynamic_resnet']
+MODULES = ['cifar_resnet', 'dynamic_cifar_resnet', 'dynamic_mobilenetv2', 'dynamic_mobilenetv3', 'dynamic_resnet']
 
 WEIGHTS_NAME = 'model.safetensors'  # timm falls back to a pickle where no name is given
 

@@ -1,8 +1,8 @@
 """ResNets with dynamic convolutions: timm's ResNet, every convolution of its residual blocks made dynamic.
 
 `resnet18_fmd` and the deeper ones follow FMDConv (arXiv 2503.17530): stem, downsample and classifier are static. So are
-they in the networks of the methods it is compared with, `_cond`, `_dy` and `_od`. The `_cifar` models are for images of
-32x32 pixels, see `cifar_resnet.py`. FMDConv's authors give their dynamic convolutions a bias: `conv_bias=True`.
+they in the networks of the methods it is compared with, `_cond`, `_dy` and `_od`. FMDConv's authors give their dynamic
+convolutions a bias: `conv_bias=True`. Those for images of 32x32 pixels are in `dynamic_cifar_resnet.py`.
 """
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +16,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers import METHODS, CondConv2d, DyConv2d, DynamicConv2d, FMDConv2d, ODConv2d
 from ._pretrained import build_model, inflated_cfgs, with_published_tags
-from .cifar_resnet import CifarResNet, cifar_cfg
 
-__all__ = ['DynamicResNet', 'CifarDynamicResNet']  # register_model adds each entrypoint
+__all__ = ['DynamicResNet']  # register_model adds each entrypoint
 
 
 class DynamicBasicBlock(BasicBlock):
@@ -88,10 +87,6 @@ class DynamicResNet(ResNet):
                 module.reset_parameters()
 
 
-class CifarDynamicResNet(CifarResNet, DynamicResNet):
-    """`DynamicResNet` with the stem and the arguments of `CifarResNet`."""
-
-
 def _cfg(**kwargs) -> dict:
     return {
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -123,12 +118,10 @@ for _method in METHODS.values():
     _paper = f'arXiv:{_method.arxiv}'
     for _depth, _tags in STATIC_TAGS.items():
         _cfgs |= inflated_cfgs(f'{_depth}_{_method.suffix}', _cfg(paper_ids=_paper), _depth, _tags)
-    for _depth in 'resnet18', 'resnet50':
-        _cfgs[f'{_depth}_{_method.suffix}_cifar'] = cifar_cfg(paper_ids=_paper)
 default_cfgs = generate_default_cfgs(with_published_tags(_cfgs))
 
 
-def _resnet(variant: str, pretrained: bool, model_cls=DynamicResNet, **kwargs) -> DynamicResNet:
+def build_resnet(variant: str, pretrained: bool, model_cls=DynamicResNet, **kwargs) -> DynamicResNet:
     block, layers = BLOCKS[variant.partition('_')[0]]
     return build_model(model_cls, variant, pretrained, **dict(dict(block=block, layers=layers), **kwargs))
 
@@ -136,142 +129,94 @@ def _resnet(variant: str, pretrained: bool, model_cls=DynamicResNet, **kwargs) -
 @register_model
 def resnet18_cond(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-18 with CondConv, K = 4 kernels per convolution."""
-    return _resnet('resnet18_cond', pretrained, conv_layer=CondConv2d, **kwargs)
-
-
-@register_model
-def resnet18_cond_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    """ResNet-18 with CondConv for 32x32 images."""
-    return _resnet('resnet18_cond_cifar', pretrained, CifarDynamicResNet, conv_layer=CondConv2d, **kwargs)
+    return build_resnet('resnet18_cond', pretrained, conv_layer=CondConv2d, **kwargs)
 
 
 @register_model
 def resnet50_cond(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-50 with CondConv, K = 4 kernels per convolution."""
-    return _resnet('resnet50_cond', pretrained, conv_layer=CondConv2d, **kwargs)
-
-
-@register_model
-def resnet50_cond_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    """ResNet-50 with CondConv for 32x32 images."""
-    return _resnet('resnet50_cond_cifar', pretrained, CifarDynamicResNet, conv_layer=CondConv2d, **kwargs)
+    return build_resnet('resnet50_cond', pretrained, conv_layer=CondConv2d, **kwargs)
 
 
 @register_model
 def resnet18_dy(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-18 with DyConv, K = 4 kernels per convolution."""
-    return _resnet('resnet18_dy', pretrained, conv_layer=DyConv2d, **kwargs)
-
-
-@register_model
-def resnet18_dy_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    """ResNet-18 with DyConv for 32x32 images."""
-    return _resnet('resnet18_dy_cifar', pretrained, CifarDynamicResNet, conv_layer=DyConv2d, **kwargs)
+    return build_resnet('resnet18_dy', pretrained, conv_layer=DyConv2d, **kwargs)
 
 
 @register_model
 def resnet50_dy(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-50 with DyConv, K = 4 kernels per convolution."""
-    return _resnet('resnet50_dy', pretrained, conv_layer=DyConv2d, **kwargs)
-
-
-@register_model
-def resnet50_dy_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    """ResNet-50 with DyConv for 32x32 images."""
-    return _resnet('resnet50_dy_cifar', pretrained, CifarDynamicResNet, conv_layer=DyConv2d, **kwargs)
+    return build_resnet('resnet50_dy', pretrained, conv_layer=DyConv2d, **kwargs)
 
 
 @register_model
 def resnet18_od(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-18 with ODConv, K = 4 kernels per convolution."""
-    return _resnet('resnet18_od', pretrained, conv_layer=ODConv2d, **kwargs)
-
-
-@register_model
-def resnet18_od_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    """ResNet-18 with ODConv for 32x32 images."""
-    return _resnet('resnet18_od_cifar', pretrained, CifarDynamicResNet, conv_layer=ODConv2d, **kwargs)
+    return build_resnet('resnet18_od', pretrained, conv_layer=ODConv2d, **kwargs)
 
 
 @register_model
 def resnet50_od(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-50 with ODConv, K = 4 kernels per convolution."""
-    return _resnet('resnet50_od', pretrained, conv_layer=ODConv2d, **kwargs)
-
-
-@register_model
-def resnet50_od_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    """ResNet-50 with ODConv for 32x32 images."""
-    return _resnet('resnet50_od_cifar', pretrained, CifarDynamicResNet, conv_layer=ODConv2d, **kwargs)
+    return build_resnet('resnet50_od', pretrained, conv_layer=ODConv2d, **kwargs)
 
 
 @register_model
 def resnet18_fmd(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-18 with FMDConv, K = 4 kernels per convolution."""
-    return _resnet('resnet18_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
-
-
-@register_model
-def resnet18_fmd_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    """ResNet-18 with FMDConv for 32x32 images."""
-    return _resnet('resnet18_fmd_cifar', pretrained, CifarDynamicResNet, conv_layer=FMDConv2d, **kwargs)
+    return build_resnet('resnet18_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
 
 
 @register_model
 def resnet50_fmd(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-50 with FMDConv, K = 4 kernels per convolution."""
-    return _resnet('resnet50_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
-
-
-@register_model
-def resnet50_fmd_cifar(pretrained: bool = False, **kwargs) -> CifarDynamicResNet:
-    """ResNet-50 with FMDConv for 32x32 images."""
-    return _resnet('resnet50_fmd_cifar', pretrained, CifarDynamicResNet, conv_layer=FMDConv2d, **kwargs)
+    return build_resnet('resnet50_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
 
 
 @register_model
 def resnet34_cond(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-34 with CondConv, K = 4 kernels per convolution."""
-    return _resnet('resnet34_cond', pretrained, conv_layer=CondConv2d, **kwargs)
+    return build_resnet('resnet34_cond', pretrained, conv_layer=CondConv2d, **kwargs)
 
 
 @register_model
 def resnet101_cond(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-101 with CondConv, K = 4 kernels per convolution."""
-    return _resnet('resnet101_cond', pretrained, conv_layer=CondConv2d, **kwargs)
+    return build_resnet('resnet101_cond', pretrained, conv_layer=CondConv2d, **kwargs)
 
 
 @register_model
 def resnet34_dy(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-34 with DyConv, K = 4 kernels per convolution."""
-    return _resnet('resnet34_dy', pretrained, conv_layer=DyConv2d, **kwargs)
+    return build_resnet('resnet34_dy', pretrained, conv_layer=DyConv2d, **kwargs)
 
 
 @register_model
 def resnet101_dy(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-101 with DyConv, K = 4 kernels per convolution."""
-    return _resnet('resnet101_dy', pretrained, conv_layer=DyConv2d, **kwargs)
+    return build_resnet('resnet101_dy', pretrained, conv_layer=DyConv2d, **kwargs)
 
 
 @register_model
 def resnet34_od(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-34 with ODConv, K = 4 kernels per convolution."""
-    return _resnet('resnet34_od', pretrained, conv_layer=ODConv2d, **kwargs)
+    return build_resnet('resnet34_od', pretrained, conv_layer=ODConv2d, **kwargs)
 
 
 @register_model
 def resnet101_od(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-101 with ODConv, K = 4 kernels per convolution."""
-    return _resnet('resnet101_od', pretrained, conv_layer=ODConv2d, **kwargs)
+    return build_resnet('resnet101_od', pretrained, conv_layer=ODConv2d, **kwargs)
 
 
 @register_model
 def resnet34_fmd(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-34 with FMDConv, K = 4 kernels per convolution."""
-    return _resnet('resnet34_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
+    return build_resnet('resnet34_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
 
 
 @register_model
 def resnet101_fmd(pretrained: bool = False, **kwargs) -> DynamicResNet:
     """ResNet-101 with FMDConv, K = 4 kernels per convolution."""
-    return _resnet('resnet101_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)
+    return build_resnet('resnet101_fmd', pretrained, conv_layer=FMDConv2d, **kwargs)

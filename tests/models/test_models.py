@@ -23,7 +23,8 @@ METHODS = dict(cond=CondConv2d, dy=DyConv2d, od=ODConv2d, fmd=FMDConv2d)
 ALL_MODELS = timm.list_models(module=MODULES)
 # Every method on one architecture and every architecture with one method; the other combinations take minutes.
 FAST = re.compile(
-    r'resnet18_(cond|dy|od|fmd)|resnet(18|50)_fmd(_cifar)?|resnet18_cifar|mobilenetv3_small_100_fmd|mobilenetv2_050_od')
+    r'resnet18_(cond|dy|od|fmd)|resnet(18|50)_fmd(_cifar)?|resnet20_fmd_cifar|resnet18_cifar|mobilenetv3_small_100_fmd|'
+    'mobilenetv2_050_od')
 
 
 def models(pattern):
@@ -45,6 +46,8 @@ def make_model(name, **kwargs):
     args = dict(num_classes=5)
     if name.startswith('resnet'):
         args.update(channels=(8, 16, 32, 64), layers=(2, 1, 1, 1), zero_init_last=False)
+    if name.startswith('resnet20'):  # narrow as it is
+        args.update(channels=(16, 32, 64), layers=(2, 1, 1))
     if name.startswith('mobilenetv2'):  # each BatchNorm over two pooled values makes differences larger
         args.update(depth_multiplier=0.3)  # a block a stage
     return timm.create_model(name, **dict(args, **kwargs))
@@ -56,8 +59,8 @@ def make_images(batch=2):
 
 
 def static_name(name):
-    """timm's network of this architecture."""
-    return re.sub('_(cond|dy|od|fmd|cifar).*', '', name)
+    """timm's network of this architecture, which has no ResNet-20."""
+    return 'resnet20_cifar' if name.startswith('resnet20') else re.sub('_(cond|dy|od|fmd|cifar).*', '', name)
 
 
 def method_of(name):
@@ -71,9 +74,10 @@ def dynamic_convs(model):
 def test_models_are_listed():
     assert set(ALL_MODELS) == {
         *(f'resnet{depth}_{method}{suffix}' for depth in (18, 50) for method in METHODS for suffix in ('', '_cifar')),
+        *(f'resnet20_{method}_cifar' for method in METHODS),
         *(f'{name}_{method}' for name in ('resnet34', 'resnet101') for method in METHODS),
         *(f'mobilenetv2_{width}_{method}' for width in ('050', '075', '100') for method in METHODS),
-        'resnet18_cifar', 'resnet50_cifar', 'mobilenetv3_small_100_dy', 'mobilenetv3_small_100_fmd',
+        'resnet18_cifar', 'resnet20_cifar', 'resnet50_cifar', 'mobilenetv3_small_100_dy', 'mobilenetv3_small_100_fmd',
     }
 
 
@@ -87,6 +91,41 @@ def test_networks_of_odconv_have_as_many_parameters_as_its_authors_state(name, n
     """The tables of github.com/OSVAI/ODConv."""
     model = timm.create_model(name, device='meta', num_kernels=num_kernels)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_resnet20_is_the_network_of_he_et_al():
+    """arXiv 1512.03385, section 4.2 and table 6: 19 convolutions of 3x3, one linear layer, 0.27 M parameters."""
+    model = timm.create_model('resnet20_cifar')
+    convs = [(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+             for conv in model.modules() if isinstance(conv, nn.Conv2d)]
+    expected = [(3, 16, (3, 3), (1, 1))]
+    for before, width in (16, 16), (16, 32), (32, 64):
+        stride = width // before
+        expected += [(before, width, (3, 3), (stride, stride)), *5 * [(width, width, (3, 3), (1, 1))]]
+    assert convs == expected
+    assert [module.out_features for module in model.modules() if isinstance(module, nn.Linear)] == [10]
+    assert sum(p.numel() for p in model.parameters()) == 269_722
+
+    # shortcut A: with closed branches a stage halves its images and adds channels of zeros
+    x = torch.rand(2, 16, 32, 32)
+    y = model.eval().layer2(x)
+    torch.testing.assert_close(y[:, 8:24], x[:, :, ::2, ::2])
+    assert not y[:, :8].any() and not y[:, 24:].any()
+    with pytest.raises(ValueError, match='channels must not become fewer .* got 32, 16'):
+        timm.create_model('resnet20_cifar', channels=(32, 16, 64))
+
+
+def test_features_of_three_stages_are_counted_as_such():
+    model = make_model('resnet20_cifar').eval()
+    assert len(model.forward_intermediates(make_images(), intermediates_only=True)) == 4
+    last, = model.forward_intermediates(make_images(), indices=1, intermediates_only=True)
+    torch.testing.assert_close(last, model.forward_features(make_images()))
+    logits = model(make_images())
+    assert model.prune_intermediate_layers(indices=[3], prune_head=False) == [3]
+    torch.testing.assert_close(model(make_images()), logits)
+    for args in {}, dict(feature_cls='getter'), dict(out_indices=(1, 2)), {}:  # and back: no call changes the next
+        features = make_model('resnet20_fmd_cifar', features_only=True, **args)(make_images())
+        assert len(features) == (2 if 'out_indices' in args else 4)
 
 
 @pytest.mark.parametrize('conv_bias', [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -118,7 +157,7 @@ def test_with_one_kernel_and_open_gates_it_is_the_network_of_timm(name):
         for layer in conv.attention.last_layers:
             nn.init.constant_(getattr(conv.attention, layer).bias, 100.0)  # sigmoid(100) is 1
     static = make_model(static_name(name)).eval()
-    if name.endswith('_cifar'):
+    if name.endswith('_cifar') and not name.startswith('resnet20'):
         static.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         static.maxpool = nn.Identity()
     static.load_state_dict({key: value for key, value in model.state_dict().items() if '.attention.' not in key})
@@ -131,7 +170,9 @@ def test_cifar_stem_keeps_the_resolution(name):
     model = timm.create_model(name, device='meta')
     assert model.num_classes == 10
     features = model.forward_intermediates(torch.empty(2, 3, 32, 32, device='meta'), intermediates_only=True)
-    assert [feature.shape[-1] for feature in features] == [32, 32, 16, 8, 4]
+    sizes = [32, 32, 16, 8] if name.startswith('resnet20') else [32, 32, 16, 8, 4]
+    assert [feature.shape[-1] for feature in features] == sizes
+    assert features[-1].shape[-2:] == model.pretrained_cfg['pool_size']
     assert model.conv1.kernel_size == (3, 3)
 
 
@@ -203,23 +244,24 @@ def test_intermediates_are_those_of_the_network_also_after_pruning(name):
 
 @pytest.mark.parametrize('name', MODELS)
 def test_features_only_has_the_channels_and_reductions_it_states(name):
-    model = make_model(name, features_only=True, out_indices=(0, 2, 4))
+    model = make_model(name, features_only=True, out_indices=(0, 2, -1))
     stated = list(zip(model.feature_info.channels(), model.feature_info.reduction()))
-    assert [reduction for _, reduction in stated] == ([1, 2, 8] if name.endswith('_cifar') else [2, 8, 32])
+    last = 4 if name.startswith('resnet20') else 8
+    assert [reduction for _, reduction in stated] == ([1, 2, last] if name.endswith('_cifar') else [2, 8, 32])
     assert [(f.shape[1], 64 // f.shape[2]) for f in model(make_images())] == stated
 
 
 @pytest.mark.parametrize('name', RESNETS)
 def test_output_stride_dilates_the_same_weights(name):
-    full = 8 if name.endswith('_cifar') else 32
+    full = (4 if name.startswith('resnet20') else 8) if name.endswith('_cifar') else 32
     state = make_model(name).state_dict()
-    for output_stride in full, full // 2, full // 4:
+    for output_stride in {full, full // 2, max(full // 4, 2)}:
         model = make_model(name, output_stride=output_stride)
         model.load_state_dict(state)
         assert model.forward_features(make_images()).shape[-1] == 64 // output_stride
         assert model.feature_info[-1]['reduction'] == output_stride
     with pytest.raises((ValueError, AssertionError)):  # the latter is timm's
-        make_model(name, output_stride=full * 2)
+        make_model(name, output_stride=64)
 
 
 @pytest.mark.parametrize('name', RESNETS)
@@ -274,6 +316,7 @@ def test_parameters_of_a_block_are_one_group(name, coarse):
     block, count = (r'layer\d', 4) if name.startswith('resnet') else (r'blocks\.\d', 7 if 'v2' in name else 6)
     if not coarse:
         block, count = rf'{block}\.\d', {4: 5, 6: 12, 7: 8}[count]
+    count -= name.startswith('resnet20')  # a stage, of one block
     blocks = {}
     for parameter, group in groups.items():
         if match := re.match(block, parameter):
@@ -338,7 +381,7 @@ def test_features_of_mobilenets_can_be_dilated(name):
 @pytest.mark.parametrize('name', RESNETS)
 def test_zero_init_last_closes_the_residual_branches(name, zero_init_last):
     model = make_model(name, zero_init_last=zero_init_last)
-    last = 'bn2' if name.startswith(('resnet18', 'resnet34')) else 'bn3'
+    last = 'bn2' if name.startswith(('resnet18', 'resnet20', 'resnet34')) else 'bn3'
     for stage in model.layer1, model.layer2, model.layer3, model.layer4:
         for block in stage:
             assert (getattr(block, last).weight == (0 if zero_init_last else 1)).all()
@@ -454,7 +497,9 @@ def test_network_on_the_meta_device_takes_the_weights_of_another(name):
     torch.testing.assert_close(on_meta(make_images()), model(make_images()))
 
 
-@pytest.mark.parametrize('args', [dict(output_stride=32), dict(stem_type='deep'), dict(replace_stem_pool=True)])
+@pytest.mark.parametrize('args', [
+    dict(output_stride=32), dict(stem_type='deep'), dict(replace_stem_pool=True), dict(stem_width=15),
+])
 @pytest.mark.parametrize('name', ['resnet18_cifar', 'resnet18_fmd_cifar'])
 def test_networks_for_small_images_refuse_what_their_stem_has_not(name, args):
     with pytest.raises(ValueError, match=f'{list(args)[0]} must be .* got {list(args.values())[0]!r}'):
