@@ -58,6 +58,7 @@ def train_epochs(
                 progress |= dict(best_top1=metrics['top1'], best_epoch=epoch + 1)
             progress['legs'][-1]['epoch_seconds'].append(progress['seconds'])
             progress['legs'][-1]['data_wait_seconds'].append(progress['waited'])
+            progress['history'].append(logged)
             progress |= dict(epochs_done=epoch + 1, step=0, seconds=0.0, waited=0.0, metrics=metrics)
             if epoch + 1 == recipe.epochs or epochs and (epoch + 1) % epochs == 0:
                 save()

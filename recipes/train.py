@@ -77,7 +77,7 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     lock, checkpoint, progress = open_output(accelerator, output, resume, model_bytes, settings)  # until main ends
     progress = progress or dict(
         settings=settings, images=None, epochs_done=0, step=0, seconds=0.0, waited=0.0, train_loss=None, legs=[],
-        metrics=None, best_epoch=0, best_top1=-1.0)
+        history=[], metrics=None, best_epoch=0, best_top1=-1.0)
     progress['legs'].append(dict(new_leg(accelerator), epochs_done=progress['epochs_done'], step=progress['step']))
     with accelerator.local_main_process_first():
         images = open_images(recipe)
@@ -174,7 +174,7 @@ def make_record(
         train_split=train.split, train_images=len(train), validation_split=validation.split,
         validation_images=len(validation), num_classes=len(train.label_names), label_names=train.label_names,
         **metrics, best_top1=progress['best_top1'], best_epoch=progress['best_epoch'],
-        epochs=recipe.epochs, legs=progress['legs'],
+        epochs=recipe.epochs, history=progress['history'], legs=progress['legs'],
         epoch_seconds=[seconds for leg in progress['legs'] for seconds in leg['epoch_seconds']],
         steps_per_epoch=training.total_steps // recipe.epochs,
         **inference, ies_infer=ies_infer(inference['infer_ms_per_image'], accuracy),

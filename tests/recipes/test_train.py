@@ -67,6 +67,9 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     if result['top1']:
         assert result['ies'] * result['rcs'] == pytest.approx(1)
     assert result['parameters'] == sum(p.numel() for p in timm.create_model(tiny.NAME).parameters())
+    assert len(result['history']) == result['epochs']
+    assert result['history'][-1]['top1'] == result['top1'] and result['history'][-1]['loss'] == result['loss']
+    assert [epoch['epoch_seconds'] for epoch in result['history']] == result['epoch_seconds']
     assert 0 <= result['kernel_entropy'] <= 1 and 0 <= result['gate_std'] <= 0.5 and result['kernel_distance'] > 0
     assert result['gmacs'] > 0 and result['peak_memory_mib'] > 0 and result['infer_ms_per_image'] > 0
     assert {'torch', 'timm', 'fmd-timm'} <= result['versions'].keys()
