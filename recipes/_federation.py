@@ -31,8 +31,8 @@ class Federation:
     alpha: float = option(
         0.5, 'of the Dirichlet distribution of each class over the clients: at 0.1 a client has few classes, at 100 '
         'all of them')
-    num_server_rounds: int = option(10, 'rounds of sending, training and averaging')
-    local_epochs: int = option(1, 'passes of a client over its images in a round')
+    num_server_rounds: int = option(15, 'rounds of sending, training and averaging')
+    local_epochs: int = option(3, 'passes of a client over its images in a round')
     fraction_train: float = option(1.0, 'share of the connected clients that a round trains on')
     strategy: str = option('fedavg', f"Flower's strategy: {', '.join(STRATEGIES)}")
     server_momentum: float = option(0.0, 'of fedavgm')

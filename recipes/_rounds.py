@@ -55,7 +55,7 @@ class Rounds(Strategy):
         if momentum:
             self.inner.momentum_vector = [momentum[name].numpy() for name in self.parameters]
         self.record: dict[str, Any] = {}  # of the present round
-        self.asked: list[int] = []  # nodes that it waits for
+        self.asked: list[Message] = []  # that it waits for an answer to
 
     def momentum(self) -> dict[str, Tensor]:
         vector = getattr(self.inner, 'momentum_vector', None) or []
@@ -82,7 +82,7 @@ class Rounds(Strategy):
         for message in messages:
             message.content['arrays'] = sent
             message.content['config'].update(self.order)
-        self.asked = [message.metadata.dst_node_id for message in messages]
+        self.asked = messages
         self.record['bytes_down'] += sent.count_bytes() * len(messages)
         return messages
 
@@ -126,15 +126,15 @@ class Rounds(Strategy):
 
     def take(self, replies: Iterable[Message], with_arrays: bool) -> list[tuple[Message, dict[str, Tensor]]]:
         """The replies that are whole, and what they hold; all others are dropped, and so is who sent none."""
-        taken, silent = [], set(self.asked)
+        # By the message that is answered: where a node has gone, Flower answers in its place.
+        taken, silent = [], {message.metadata.message_id: message.metadata.dst_node_id for message in self.asked}
         for reply in replies:
-            node = reply.metadata.src_node_id
-            silent.discard(node)
+            node = silent.pop(reply.metadata.reply_to_message_id)
             try:
                 taken.append((reply, self.read(reply, with_arrays)))
             except ValueError as error:
                 self.drop(node, str(error))
-        for node in sorted(silent):
+        for node in sorted(silent.values()):
             self.drop(node, f'no answer within {self.federation.round_timeout:g} s')
         return taken
 

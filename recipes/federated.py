@@ -29,7 +29,7 @@ try:
 except ImportError as error:
     raise SystemExit(f"Flower is missing: pip install -e '.[federated]' ({error})") from error
 
-from _federated_client import client_app  # noqa: F401, which Flower looks for here
+from _federated_client import client_app
 from _federated_server import train_all
 
 server_app = ServerApp()

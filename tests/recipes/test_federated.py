@@ -62,7 +62,6 @@ class Clients(Grid):
             if self.spoil:
                 reply = self.spoil(node - 100, message.content['config']['server-round'], reply)
             if reply:
-                reply.metadata.__dict__['_src_node_id'] = node
                 self.answers += map(dict, reply.content.array_records.values() if reply.has_content() else ())
                 replies.append(reply)
         return replies
@@ -75,7 +74,7 @@ class Clients(Grid):
 
 def federate(folder, output, spoil=None, node_configs=None, recipe=None, **federation):
     """Two clients, two rounds of an epoch; the record, and the clients."""
-    federation = Federation(**dict(dict(num_supernodes=2, num_server_rounds=2, alpha=1.0), **federation))
+    federation = Federation(**dict(dict(num_supernodes=2, num_server_rounds=2, local_epochs=1, alpha=1.0), **federation))
     epochs = federation.num_server_rounds * federation.local_epochs
     recipe = make_recipe(folder, **dict(dict(epochs=epochs), **(recipe or {})))
     clients = Clients(federation.num_supernodes, spoil, node_configs)
@@ -177,10 +176,17 @@ def without_metrics(reply):
     return reply
 
 
+def fail(reply):
+    """What Flower makes of an exception, and where a node has gone."""
+    failed = Message(Error(3, 'out of memory'), reply_to=reply)
+    failed.metadata.__dict__.update(_src_node_id=1, _reply_to_message_id=reply.metadata.reply_to_message_id)
+    return failed
+
+
 NOT_NUMBERS = 'expected num-examples, train_loss'
 SPOILED = dict(
     vanished=(spoiled(lambda reply: None), 'no answer within 3600 s'),
-    failed=(spoiled(lambda reply: Message(Error(3, 'out of memory'), reply_to=reply)), 'out of memory'),
+    failed=(spoiled(fail), 'out of memory'),
     nan=(replace_array(lambda of: Array(of.numpy() * np.float32('nan'))), 'is not finite'),
     infinite=(replace_array(lambda of: Array(of.numpy() + np.float32('inf'))), 'is not finite'),
     shape=(replace_array(lambda of: Array(of.numpy()[:1])), 'expected floating-point numbers'),
@@ -198,29 +204,29 @@ SPOILED = dict(
 )
 
 
-def reply_of(state, partition, **metrics):
+def ask(rounds, state, server_round, count=1):
+    """The messages of a round to so many clients."""
+    messages = rounds.configure_train(server_round, ArrayRecord(state), ConfigRecord(), Clients(count))
+    for message in messages:
+        message.metadata.__dict__['_message_id'] = uuid.uuid4().hex  # as Flower does when it sends them
+    return sorted(messages, key=lambda message: message.metadata.dst_node_id)
+
+
+def answer(message, state, **metrics):
     content = RecordDict(dict(
         arrays=_exchange.pack(state), metrics=MetricRecord(dict({'num-examples': 3, 'train_loss': 1.0}, **metrics)),
-        config=ConfigRecord({'partition-id': partition})))
-    asked = Message(RecordDict(), dst_node_id=partition, message_type='train')
-    asked.metadata.__dict__['_message_id'] = 'asked'
-    reply = Message(content, reply_to=asked)
-    reply.metadata.__dict__['_src_node_id'] = partition
-    return reply
+        config=ConfigRecord({'partition-id': message.metadata.dst_node_id - 100})))
+    return Message(content, reply_to=message)
 
 
 @pytest.mark.parametrize('kind', SPOILED)
 def test_a_client_that_fails_is_dropped_with_words_and_the_round_goes_on(network, kind, capsys):
     spoil, reason = SPOILED[kind]
-    grid = Clients(2)
     rounds = _rounds.Rounds(Federation(), network, {}, done=1)
     state = _exchange.shared_state(network, fedbn=False)
-    rounds.configure_train(1, ArrayRecord(state), ConfigRecord(), grid)
+    first, second = ask(rounds, state, 1, count=2)
     good = {name: value + 1 for name, value in state.items()}
-    replies = [reply_of(good, 100), spoil(1, 2, reply_of(state, 101))]
-    if replies[1]:
-        replies[1].metadata.__dict__['_src_node_id'] = 101
-    arrays, _ = rounds.aggregate_train(1, filter(None, replies))
+    arrays, _ = rounds.aggregate_train(1, filter(None, [answer(first, good), spoil(1, 2, answer(second, state))]))
     for name, value in good.items():
         assert torch.equal(torch.from_numpy(arrays[name].numpy()), value), name
     (node, said), = rounds.record['dropped']
@@ -317,12 +323,11 @@ def test_a_momentum_of_the_server_leaves_variances_positive(network):
     """They are averaged: 0.9 of the step before would take this one below zero."""
     federation = Federation(strategy='fedavgm', server_momentum=0.9)
     rounds = _rounds.Rounds(federation, network, {})
-    arrays = ArrayRecord(_exchange.shared_state(network, fedbn=False))
+    found = _exchange.shared_state(network, fedbn=False)
     for server_round, variance in (1, 0.1), (2, 0.05):
-        rounds.configure_train(server_round, arrays, ConfigRecord(), Clients(1))
-        state = {name: torch.full_like(value, variance) for name, value in arrays.to_torch_state_dict().items()}
-        arrays, _ = rounds.aggregate_train(server_round, [reply_of(state, 100)])
-    found = arrays.to_torch_state_dict()
+        message, = ask(rounds, found, server_round)
+        sent = {name: torch.full_like(value, variance) for name, value in found.items()}
+        found = rounds.aggregate_train(server_round, [answer(message, sent)])[0].to_torch_state_dict()
     assert (found['bn1.running_var'] == 0.05).all()
     assert not torch.allclose(found['bn1.weight'], torch.tensor(0.05))
 
@@ -454,7 +459,7 @@ def test_a_node_has_a_dataset_of_its_own(digits_folder, tmp_path):
     ('--num-supernodes 0', '--num-supernodes must be between 1 and 100000, got 0'),
     ('--ema-decay 0.9', '--ema-decay must be left out: the average over the clients is what counts'),
     ('--streaming', '--streaming must be left out: each client needs the labels of its images'),
-    ('--warmup-epochs 11', '--epochs must be at least the 11 of warm-up, decay and cooldown, got 10'),
+    ('--warmup-epochs 46', '--epochs must be at least the 46 of warm-up, decay and cooldown, got 45'),
     ('--seeds 0', '--seeds must be at least 1, got 0'),
 ])
 def test_what_cannot_work_is_refused(arguments, message):
@@ -472,7 +477,7 @@ def test_epochs_are_those_of_all_rounds(capsys):
 
 
 def test_finished_runs_are_kept_and_the_table_has_both_networks(digits_folder, tmp_path, capsys):
-    federation = Federation(num_supernodes=2, num_server_rounds=2)
+    federation = Federation(num_supernodes=2, num_server_rounds=2, local_epochs=1)
     asked = SimpleNamespace(
         preset='digits', recipe=make_recipe(digits_folder), federation=federation, models=[tiny.STATIC, tiny.NAME],
         seeds=2, output=tmp_path)
