@@ -10,6 +10,7 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_report(sys.argv[1:], __doc__)
 
 import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def make_table(runs: dict[str, list[dict[str, Any]]]) -> str:
         '| network | parameters, M | exchanged, M | top-1, % | MB down | MB up | of them in a round | s of a round |',
         '|---|---|---|---|---|---|---|---|']
     for name, records in runs.items():
-        top1 = [record['top1'] for record in records]
+        top1 = [record['top1'] for record in records if record['top1'] is not None] or [math.nan]
         spread = f' ± {statistics.stdev(top1):.2f}' if len(top1) > 1 else ''
         down, up = (statistics.mean(record[way] for record in records) / MEGABYTE for way in ('bytes_down', 'bytes_up'))
         rounds = records[0]['federation']['num_server_rounds']

@@ -1,6 +1,7 @@
 """What the server of a federated run does: it starts Flower's strategy, scores the average, and keeps every round."""
 import dataclasses
 import json
+import math
 import time
 import uuid
 from functools import partial
@@ -104,6 +105,10 @@ def serve(grid: Grid, preset: str, asked: Recipe, federation: Federation, output
         record, part = rounds.record, (done + server_round) / federation.num_server_rounds
         if loader:
             record |= score_network(accelerator, recipe, network, loader, part)
+            if not math.isfinite(record['loss']):
+                raise SystemExit(
+                    f'round {record["round"]}: the loss of the validation images is {record["loss"]}, training has '
+                    f'diverged; the last checkpoint is from before it')
         record['seconds'] = time.perf_counter() - record['seconds']
         progress['rounds'].append(record)
         progress['epochs_done'] = record['round'] * federation.local_epochs

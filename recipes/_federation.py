@@ -94,8 +94,8 @@ def check_federation(federation: Federation, recipe: Recipe) -> None:
     values = vars(federation)
     for name, least, most in (
             ('num_supernodes', 1, 10**5), ('num_server_rounds', 1, 10**6), ('local_epochs', 1, 10**6),
-            ('alpha', 0.01, 1e6), ('fraction_train', 0, 1), ('server_momentum', 0, 1), ('server_learning_rate', 0, 1e6),
-            ('proximal_mu', 0, 1e6), ('round_timeout', 1, LARGEST)):
+            ('alpha', 0.01, 1e6), ('fraction_train', 0.001, 1), ('server_momentum', 0, 1),
+            ('server_learning_rate', 1e-6, 1e6), ('proximal_mu', 0, 1e6), ('round_timeout', 1, LARGEST)):
         if not least <= values[name] <= most:
             raise SystemExit(f'--{name.replace("_", "-")} must be between {least} and {most:g}, got {values[name]}')
     if federation.strategy not in STRATEGIES:

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM, FedProx, Strategy
 from torch import Tensor, nn
 
 FLOWERS = dict(fedavg=FedAvg, fedavgm=FedAvgM, fedprox=FedProx)
+MOST_EXAMPLES = 1e12  # of a client, which all sums can hold
 
 
 class Rounds(Strategy):
@@ -149,8 +150,10 @@ class Rounds(Strategy):
         names = ('train_loss',) if with_arrays else ('top1', 'top5', 'loss')
         numbers = [content['metrics'].get(name) for name in ('num-examples', *names)]
         is_number = all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
-        if not is_number or numbers[0] < with_arrays or len(content['metrics']) != len(numbers):
+        if not is_number or not with_arrays <= numbers[0] <= MOST_EXAMPLES or len(content['metrics']) != len(numbers):
             raise ValueError(f'its metrics are {dict(content["metrics"])}, expected num-examples, {", ".join(names)}')
+        if with_arrays and not isinstance(content['config'].get('partition-id'), int):
+            raise ValueError(f'its config is {dict(content["config"])}, expected a partition-id')
         return unpack(content['arrays'], self.like) if with_arrays else {}
 
     def drop(self, node: int, reason: str) -> None:
