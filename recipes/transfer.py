@@ -17,16 +17,14 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_transfer(sys.argv[1:], __doc__)
 
 import dataclasses
-import shutil
 import statistics
 from pathlib import Path
 
 import datasets
 from _dataset import load_digits
 from _presets import PRESETS
-from _recipe import Recipe
-from _record import circumstances, public, read_json, write_json
-from train import main as train
+from _record import circumstances, write_json
+from _runs import run
 
 RESULT = Path(__file__).parent / 'results' / 'finetune' / 'digits.json'
 EPOCHS = 4  # of 11 steps
@@ -42,18 +40,6 @@ def write_half(digits: range, folder: Path) -> None:
         columns = {
             'image': [row['image'] for row in chosen], 'label': [row['label'] - digits.start for row in chosen]}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f'{split}.parquet')
-
-
-def run(preset: str, recipe: Recipe, folder: Path) -> dict:
-    """The record of a run; of one that is finished already, or that goes on from where it was stopped."""
-    if not (folder / 'result.json').exists():
-        print(f'{folder}:', flush=True)
-        train(preset, recipe, folder, 'auto')
-        shutil.rmtree(folder / 'checkpoints')
-    record = read_json(folder / 'result.json')
-    if record['recipe'] != public(dataclasses.asdict(recipe)):
-        raise SystemExit(f'{folder} holds a run with other settings: name another --output')
-    return record
 
 
 def summary(records: list[dict]) -> dict:

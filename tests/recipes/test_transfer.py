@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 import _dataset
+import _runs
 import pytest
 import tiny
 import transfer
@@ -32,7 +33,7 @@ def test_every_start_gets_the_same_seeds_and_steps_and_a_finished_run_is_kept(
     assert result['runs']['static']['parameters'] < result['runs']['inflated']['parameters']
     assert not list((tmp_path / 'runs').rglob('checkpoints'))
 
-    monkeypatch.setattr(transfer, 'train', lambda *args: pytest.fail('it is finished'))
+    monkeypatch.setattr(_runs, 'train', lambda *args: pytest.fail('it is finished'))
     capsys.readouterr()
     transfer.main(**vars(arguments))
     assert f'| inflated | {result["runs"]["inflated"]["top1_mean"]:.2f} ± ' in capsys.readouterr().out

@@ -1,0 +1,56 @@
+"""The arms of recipes/scratch.py. It imports the standard library alone."""
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _arguments import make_parser, parse_recipe, path
+
+
+@dataclass(frozen=True)
+class Arm:
+    about: str  # for the table
+    method: str | None = 'fmd'  # None: the static network
+    changes: dict[str, Any] = field(default_factory=dict)  # of the recipe
+
+    def model(self, network: str) -> str:
+        """'resnet20_cifar' -> 'resnet20_fmd_cifar'."""
+        return network.replace('_cifar', f'_{self.method}_cifar') if self.method else network
+
+
+ARMS = {
+    'static': Arm('the static network', None),
+    'static_time': Arm('the static network, for as long as FMDConv takes', None),
+    'cond': Arm('CondConv', 'cond'),
+    'dy': Arm('DyConv: kernels alone', 'dy'),
+    'od': Arm('ODConv', 'od'),
+    'fmd': Arm('FMDConv'),
+    'k1': Arm('FMDConv, K = 1: gates alone', changes=dict(model_kwargs=['num_kernels=1'])),
+    'temperature_1': Arm('FMDConv, temperature 1 from the start', changes=dict(temperature=1.0)),
+    'temperature_slow': Arm(
+        'FMDConv, temperature 34 that falls until the end', changes=dict(temperature=34.0, annealed_by=1.0)),
+    'temperature_34': Arm("FMDConv, temperature 34 throughout, as in the authors' code"),
+}
+
+
+def parse_scratch(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    """preset, recipe, network, arms, seeds, output and table."""
+    parser = make_parser(
+        description, usage='scratch.py [preset] [--network NAME] [--arms ARM ...] [--seeds N] [--output FOLDER] '
+        '[--table] [--option of train.py ...]')
+    parser.add_argument(
+        '--network', default='resnet20_cifar', choices=('resnet18_cifar', 'resnet20_cifar', 'resnet50_cifar'),
+        help='the static one (resnet20_cifar)')
+    parser.add_argument(
+        '--arms', nargs='+', choices=ARMS, metavar='ARM', default=list(ARMS), help=f'all unless said: {" ".join(ARMS)}')
+    parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each, with seeds 0 to N - 1 (3)')
+    parser.add_argument('--output', type=path, default=Path('runs/scratch'), help='for the runs (runs/scratch)')
+    parser.add_argument('--table', action='store_true', help='print the table of the documentation')
+    args, shared = parser.parse_known_args(argv)
+    run = parse_recipe(shared)
+    if args.seeds < 1:
+        parser.error(f'--seeds must be at least 1, got {args.seeds}')
+    if run.recipe.init or run.recipe.seed or run.resume:
+        parser.error('--init, --seed and --resume are those of each run: leave them out')
+    args.preset, args.recipe = run.preset, run.recipe
+    return args
