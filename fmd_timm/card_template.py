@@ -149,7 +149,7 @@ names = about.pop('label_names')
 transform = create_transform(**about)
 
 image = Image.new('RGB', ($width, $height))  # yours: Image.open('image.png').convert('RGB')
-images = transform(image).unsqueeze(0).numpy()
+images = transform(image).unsqueeze(0)
 print(names[$logits[0].argmax()])
 ```
 ''')
@@ -160,13 +160,18 @@ RUNTIMES = dict(
     onnx=('onnxruntime', '''\
 session = onnxruntime.InferenceSession(hf_hub_download('$repo', 'model.onnx'))
 about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}''',
-          "session.run(None, {'pixel_values': images})[0]"),
+          "session.run(None, {'pixel_values': images.numpy()})[0]"),
     openvino=('openvino', '''\
 hf_hub_download('$repo', 'model.bin')  # stands beside the other
 network = openvino.Core().read_model(hf_hub_download('$repo', 'model.xml'))
 about = {name: json.loads(text) for name, text in network.get_rt_info('model_info').value.items()}
 compiled = openvino.compile_model(network, 'CPU')''',
-              'compiled(images)[0]'),
+              'compiled(images.numpy())[0]'),
+    executorch=('executorch.runtime', '''\
+program = executorch.runtime.Runtime.get().load_program(hf_hub_download('$repo', 'model.pte'))
+texts = {name: program.load_method(name).execute([])[0] for name in program.method_names - {'forward'}}
+about = {name: json.loads(text) for name, text in texts.items()}''',
+                "program.load_method('forward').execute([images])[0]"),
 )
 
 ARTICLE = '''\

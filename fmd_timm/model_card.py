@@ -157,10 +157,11 @@ def _exported(records: list[dict[str, Any]], repo: str, height: int, width: int)
     if not records:
         return ''
     rows = {
-        'Runtime': lambda r: f'{(name := RUNTIMES[r["format"]][0])} {r["versions"][name]}',
+        'Runtime': lambda r: f'{(name := RUNTIMES[r["format"]][0].partition(".")[0])} {r["versions"][name]}',
         'Size': lambda r: f'{sum(file["bytes"] for file in r["files"].values()) / 1e6:.1f} MB',
         'Weights': lambda r: r['weights'],
-        'Images at a time': lambda r: '1' if r['batch'] == '1' else 'any number',
+        'Images at a time': lambda r: 'any number' if (most := r['largest_batch']) is None else (
+            '1' if most == 1 else f'{most} at most'),
         'Largest difference': lambda r: f'{r["largest_relative_difference"]:.1e}',
         'Same best class': lambda r: f'{_number(r["top1_agreement"])} of {_number(r["images"])} images',
         'Compared on': lambda r: f'`{r["compared_on"]}`',

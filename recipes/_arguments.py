@@ -14,12 +14,15 @@ from _recipe import VALIDATION_SPLITS
 from _recipe_checks import check_effects, check_recipe
 
 METHODS = 'cond', 'dy', 'od', 'fmd'  # fmd_timm.layers.METHODS, which takes seconds to import
-EXPORT_SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'torch-export': '.pt2'}  # of the formats of _exported.py
+EXPORT_SUFFIXES = {  # of the formats of _exported.py
+    'onnx': '.onnx', 'openvino': '.xml', 'executorch': '.pte', 'torch-export': '.pt2'}
 EXPORT_WEIGHTS = {
     'onnx': ('fp32', 'fp16', 'int8', 'int8-static'), 'openvino': ('fp32', 'fp16', 'int8'),
-    'torch-export': ('fp32', 'fp16', 'int8')}
+    'torch-export': ('fp32', 'fp16', 'int8'),
+    'executorch': ('fp32',)}  # what is computed of constants alone is computed before the file is written
 # What the Hub may hold: a file of torch.export runs in PyTorch alone, where the weights themselves do.
-PUBLISHED_FILES = {'onnx': ('model.onnx',), 'openvino': ('model.xml', 'model.bin')}
+PUBLISHED_FILES = {
+    'onnx': ('model.onnx',), 'openvino': ('model.xml', 'model.bin'), 'executorch': ('model.pte',)}
 
 
 def make_parser(description: str | None, **kwargs) -> argparse.ArgumentParser:

@@ -31,10 +31,11 @@ RESULTS = Path(__file__).parent / 'results' / 'edge'
 IMAGE_SIZE = 224  # pixels
 BATCH = 8  # of the runtimes that are also given more than one image
 PYTORCH = 'pytorch'
-LABELS = {PYTORCH: 'PyTorch', 'onnx': 'onnxruntime', 'openvino': 'OpenVINO'}
-WEIGHTS = {PYTORCH: ('int16',), 'onnx': ('fp16', 'int8'), 'openvino': ('fp16', 'int8')}  # of FMDConv, besides fp32
+LABELS = {PYTORCH: 'PyTorch', 'onnx': 'onnxruntime', 'openvino': 'OpenVINO', 'executorch': 'ExecuTorch'}
+WEIGHTS = {  # of FMDConv, besides fp32
+    PYTORCH: ('int16',), 'onnx': ('fp16', 'int8'), 'openvino': ('fp16', 'int8'), 'executorch': ()}
 BATCHED = 'onnx',
-PACKAGES = 'torch', 'onnxruntime', 'openvino'
+PACKAGES = 'torch', 'onnxruntime', 'openvino', 'executorch'
 
 
 class Exported(NamedTuple):

@@ -118,12 +118,18 @@ def compare(
         largest: Difference of two logits, relative to the largest one.
 
     Raises:
-        SystemExit: They differ by more.
+        SystemExit: They differ by more, or the runtime fails.
     """
     difference = size = torch.zeros(())
     agreed, right, found_right = 0, 0, 0
     for images, labels in batches_for(compared.images, config, 'comparing'):
-        expected, found = network(images), torch.cat([run(some) for some in images.split(batch)])
+        expected = network(images)
+        try:
+            found = torch.cat([run(some) for some in images.split(batch)])
+        except Exception as error:  # each runtime has its own
+            raise SystemExit(
+                f'the file was written, but its runtime does not compute it ({type(error).__name__}: {error}). It is '
+                f'not kept') from error
         difference, size = (torch.maximum(most, t.abs().max()) for most, t in (
             (difference, found - expected), (size, expected)))
         if not difference <= largest * size:  # NaN is not

@@ -65,15 +65,16 @@ def main(
     output = output or default_output(source, EXPORT_SUFFIXES[format])
     output.parent.mkdir(parents=True, exist_ok=True)
 
-    program = export_program(STORED[weights](prepare_for_inference(network)), input_size, batch)
+    largest_batch = 1 if batch == '1' else runtime.largest_batch
+    program = export_program(STORED[weights](prepare_for_inference(network)), input_size, batch, largest_batch)
     with TemporaryDirectory(dir=output.parent, prefix='.export-') as folder:
         unchecked = Path(folder, output.name)
-        runtime.save(program, metadata, unchecked)
+        facts = runtime.save(program, metadata, unchecked) or {}
         if weights == 'int8-static':
             runtime.quantize(unchecked, calibration_images(compared.others, metadata.data_config))
         run, _ = runtime.open(unchecked)
         result = compare(
-            network, run, compared, metadata.data_config, 1 if batch == '1' else BATCH, LARGEST_DIFFERENCE[weights])
+            network, run, compared, metadata.data_config, largest_batch or BATCH, LARGEST_DIFFERENCE[weights])
         seconds = median_seconds(partial(run, torch.randn(1, *input_size)), accelerator.device)
         del run  # Windows removes no file that is open
         files = {
@@ -82,9 +83,10 @@ def main(
             Path(folder, name).replace(output.with_name(name))
     made_by = circumstances('export.py')
     record = dict(
-        format=format, batch=batch, weights=weights, files=files,
-        checkpoint=origin_of(source, network), compared_on=compared.name, **result, infer_ms_per_image=1000 * seconds,
-        **hardware(accelerator), **dict(made_by, versions={**made_by['versions'], **runtime.versions()}))
+        format=format, batch=batch, largest_batch=largest_batch, weights=weights, files=files,
+        checkpoint=origin_of(source, network), compared_on=compared.name, **result, **facts,
+        infer_ms_per_image=1000 * seconds, **hardware(accelerator),
+        **dict(made_by, versions={**made_by['versions'], **runtime.versions()}))
     write_json(output.with_name(f'{output.name}.json'), record)
     report(output, record)
     return record

@@ -5,6 +5,7 @@ keeps the operator, which other runtimes need to have taken out: `program.run_de
 """
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +21,27 @@ __all__ = ['decompose', 'decompositions']
 def decompose(
         x: Tensor, weight: Tensor, kernel_attn: Tensor | None, in_attn: Tensor | None, out_attn: Tensor | None,
         tap_attn: Tensor | None, stride, padding, dilation, groups: int, by_channel: bool = False,
+        computed_kernels: bool = True,
 ) -> Tensor:
-    """What the operator computes, for any batch and image size.
-
-    The arguments are the operator's, and whether the kernel of a single image is mixed by output channels: onnxruntime
-    then needs 0.9 of the time for a ResNet-18, and OpenVINO up to 1.7 of it for a layer.
+    """What the operator computes, for any batch and image size. The arguments are the operator's, and two more.
 
     Where the batch is known to be 1, one kernel is mixed, and one convolution takes it. For any other batch, the kernel
     of each image is multiplied by what its taps see. A convolution can't do that: it has one kernel for all images, and
     a graph can't have as many groups as there will be images. A kernel of one tap is multiplied too: it sees the image
     as it is.
+
+    Args:
+        by_channel: Whether the kernel of a single image is mixed by output channels. onnxruntime then needs 0.9 of the
+            time for a ResNet-18, and OpenVINO up to 1.7 of it for a layer.
+        computed_kernels: Whether the runtime takes convolutions whose kernel is computed. Without it a single image is
+            computed as any other batch.
     """
     images, taps = gated(x, in_attn), weight.shape[2] * weight.shape[3]
     if kernel_attn is None and tap_attn is None:
         y = F.conv2d(images, weight.to(x.dtype), None, stride, padding, dilation, groups)
     else:
         kernels = _mixed(weight, kernel_attn, tap_attn, by_channel).to(x.dtype)  # (B, O, i, taps)
-        if isinstance(x.shape[0], int) and x.shape[0] == 1 and taps > 1:
+        if computed_kernels and isinstance(x.shape[0], int) and x.shape[0] == 1 and taps > 1:
             kernel = kernels.reshape(-1, *weight.shape[1:])
             y = F.conv2d(images, kernel, None, stride, padding, dilation, groups)
         else:
@@ -85,14 +90,18 @@ def _seen(taps: int, stride: int, dilation: int) -> list[slice]:
     return [slice(start, start - last or None, stride) for start in range(0, last + 1, dilation)]
 
 
-def decompositions() -> dict[torch._ops.OperatorBase, Callable]:
+def decompositions(computed_kernels: bool = True) -> dict[torch._ops.OperatorBase, Callable]:
     """PyTorch's default decompositions and that of our operator, for `torch.export.ExportedProgram.run_decompositions`.
 
     The program then holds no operator of ours: runtimes other than PyTorch take it, and a process that loads it does
     not need this package.
+
+    Args:
+        computed_kernels: False for runtimes that take no convolution whose kernel is computed, as ExecuTorch's XNNPACK
+            does: a single image, too, is then a product of matrices.
     """
     table = torch.export.default_decompositions()
-    table[torch.ops.fmd_timm.dynamic_conv2d.default] = decompose
+    table[torch.ops.fmd_timm.dynamic_conv2d.default] = partial(decompose, computed_kernels=computed_kernels)
     return table
 
 

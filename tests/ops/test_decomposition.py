@@ -35,6 +35,13 @@ def test_computes_the_same(shape, batch, without):
         torch.testing.assert_close(decomposition.decompose(*arguments, by_channel), expected)
 
 
+@pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
+def test_a_single_image_without_computed_kernels(shape):
+    arguments = make_arguments(shape, 1)
+    y = decomposition.decompose(*arguments, computed_kernels=False)
+    torch.testing.assert_close(y, OPERATOR(*arguments))
+
+
 @pytest.mark.parametrize('batch', [1, 3])
 def test_a_single_kernel_may_have_a_share_or_factors_of_its_taps(batch):
     for without in [2], [5]:
@@ -54,9 +61,11 @@ def test_images_keep_their_dtype_and_layout(batch):
 
 
 def test_a_single_image_is_one_convolution_and_any_batch_a_product_of_matrices():
-    for batch, shapes, convolution in (1, None, True), (2, ({0: torch.export.Dim.DYNAMIC},), False):
+    any_batch = {0: torch.export.Dim.DYNAMIC},
+    for batch, shapes, computed, convolution in (
+            (1, None, True, True), (2, any_batch, True, False), (1, None, False, False)):
         program = torch.export.export(make_layer(), (torch.randn(batch, 4, 9, 9),), dynamic_shapes=shapes)
-        called = {node.target for node in program.run_decompositions(decompositions()).graph.nodes}
+        called = {node.target for node in program.run_decompositions(decompositions(computed)).graph.nodes}
         assert (torch.ops.aten.convolution.default in called) == convolution
         assert (torch.ops.aten.bmm.default in called) != convolution
 

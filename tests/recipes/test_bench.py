@@ -134,7 +134,7 @@ def test_the_loading_of_images_is_timed(monkeypatch, tmp_path, digits_folder, fr
 
 
 @pytest.mark.parametrize('runtime', [
-    'pytorch', pytest.param('onnx', marks=pytest.mark.slow), pytest.param('openvino', marks=pytest.mark.slow)])
+    'pytorch', *(pytest.param(runtime, marks=pytest.mark.slow) for runtime in ('onnx', 'openvino', 'executorch'))])
 @pytest.mark.filterwarnings('ignore')  # of exporters
 def test_networks_are_timed_in_other_runtimes(monkeypatch, tmp_path, runtime):
     monkeypatch.setattr(_bench_edge, 'RESULTS', tmp_path)

@@ -12,15 +12,17 @@ import pytest
 import timm
 import tiny
 import torch
+import torch.nn as nn
 from _arguments import EXPORT_SUFFIXES
 from _dataset import load_digits
-from _exported import FORMATS
+from _exported import FORMATS, PRODUCTS
 from _stored import store_kernels_int8
+from hub_server import Commit, Repo
 from PIL import Image
 from test_export import make_layers
 from test_inference import METHODS, randomize
 
-from fmd_timm import prepare_for_inference
+from fmd_timm import DynamicConv2d, prepare_for_inference
 from fmd_timm.hub import save_for_hub
 
 # By weights: the largest difference of logits, and how many of 50 images have the same best class at least.
@@ -51,7 +53,7 @@ def run(*arguments):
     ('openvino', '1', 'fp32'), ('openvino', 'dynamic', 'fp16'),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ('onnx', 'dynamic', 'fp16'), ('torch-export', '1', 'fp32'), ('torch-export', '1', 'int8'),
-        ('openvino', '1', 'int8'))),
+        ('openvino', '1', 'int8'), ('executorch', '1', 'fp32'), ('executorch', 'dynamic', 'fp32'))),
 ])
 def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weights):
     for package in FORMATS[format].packages:
@@ -81,6 +83,12 @@ def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weig
         x = torch.randn(size, 3, 8, 8)
         with torch.no_grad():
             torch.testing.assert_close(logits(x), network(x), rtol=0, atol=largest)  # of logits below 1
+    if format == 'executorch':  # XNNPACK computes all convolutions, those of mixed kernels as products of matrices
+        convs = sum(isinstance(module, nn.Conv2d | DynamicConv2d) for module in network.modules())
+        assert record['delegated']['aten::convolution'] + record['delegated']['aten::bmm'] == convs
+        assert not record['not_delegated'].keys() & set(PRODUCTS)
+        with pytest.raises(RuntimeError):
+            logits(torch.randn(2 if batch == '1' else 9, 3, 8, 8))
     if format == 'onnx':
         picture = tmp_path / 'digit.png'
         load_digits()['test'][0]['image'].save(picture)
@@ -112,6 +120,24 @@ def test_accuracy_is_of_all_images_with_labels_of_the_network(checkpoint, digits
     (folder / '1.png').write_bytes(b'no picture')
     with pytest.raises(SystemExit, match="split 'train': the image in row 1 .* cannot be decoded"):
         run(checkpoint, *options, '--images', folder)
+
+
+@pytest.mark.parametrize('name, output', [
+    ('hf-hub:acme/digits', 'digits'), (f'{tiny.NAME}.mine', f'{tiny.NAME}.mine')])
+def test_a_checkpoint_of_the_hub(name, output, hub, checkpoint, tmp_path, monkeypatch):
+    commits = hub.repos.setdefault('acme/digits', Repo()).commits
+    commits.append(Commit({name: (checkpoint / name).read_bytes() for name in (
+        'model.safetensors', 'config.json', 'result.json')}, 'upload'))
+    cfg = dataclasses.replace(
+        timm.get_pretrained_cfg(tiny.NAME), hf_hub_id='acme/digits', tag='mine', num_classes=10, input_size=(3, 8, 8),
+        crop_pct=0.9, label_names=NAMES)
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, f'{tiny.NAME}.mine', cfg)
+    monkeypatch.chdir(tmp_path)
+    record = run(name, '--format', 'torch-export')
+    assert {path.name for path in tmp_path.iterdir()} == {f'{output}.pt2', f'{output}.pt2.json'}
+    assert (record['checkpoint']['repo'], record['checkpoint']['revision']) == (
+        'acme/digits', f'commit {commits[-1].id}')
+    assert record['images'] == 50 and record['largest_relative_difference'] < 2e-6
 
 
 def predict_lines(source, picture, capsys):
@@ -159,10 +185,29 @@ def test_weights_of_fewer_bytes_make_a_smaller_file(tmp_path, digits_folder):
         assert sizes[format, 'int8'] < 0.45 * sizes[format, 'fp32']
 
 
+@pytest.mark.slow
+def test_executorch_takes_layers_that_see_a_single_pixel(tmp_path, digits_folder):
+    pytest.importorskip('executorch')
+    network = timm.create_model(tiny.NAME, num_classes=10, layers=(1, 1, 1, 2))  # the last block sees and has one
+    save_for_hub(randomize(network), tmp_path, data_config=dict(input_size=(3, 8, 8)))
+    record = run(tmp_path, '--format', 'executorch', '--images', digits_folder)
+    assert record['largest_relative_difference'] < 2e-6
+
+
 def test_a_file_that_computes_something_else_is_not_kept(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(export, 'prepare_for_inference', lambda _: randomize(timm.create_model(tiny.NAME)).eval())
     with pytest.raises(SystemExit, match='the file computes something else: .* expected 0.0001 at most'):
         run(checkpoint, '--format', 'torch-export', '--output', tmp_path / 'model.pt2')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_its_runtime_does_not_compute_is_not_kept(checkpoint, tmp_path, monkeypatch):
+    def open_broken(path):
+        return lambda images: images.reshape(7, -1), None
+
+    monkeypatch.setitem(FORMATS, 'torch-export', FORMATS['torch-export']._replace(open=open_broken))
+    with pytest.raises(SystemExit, match="its runtime does not compute it .RuntimeError: shape '.7, -1.' is invalid"):
+        run(checkpoint, '--format', 'torch-export', '--batch', 'dynamic', '--output', tmp_path / 'model.pt2')
     assert not list(tmp_path.iterdir())
 
 

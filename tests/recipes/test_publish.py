@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from _dataset import load_digits
+from _exported import FORMATS
 from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, Repo, empty_caches
 from inputs import make_run, save_logits
 from safetensors.torch import load_file, save_file
@@ -264,6 +265,35 @@ def exported_run(tmp_path_factory, digits_folder):
     return run
 
 
+def assert_usage_works(card, runtime, run, capsys):
+    """What the card says of an exported file prints the class that the network finds."""
+    usage, = [code for code in re.findall('^```python\n(.*?)^```$', card, re.DOTALL | re.MULTILINE) if runtime in code]
+    capsys.readouterr()
+    seen = {}
+    exec(usage, seen)
+    network = timm.create_model(f'local-dir:{run}', pretrained=True).eval()
+    with torch.no_grad():
+        expected = network(seen['images'])
+    assert capsys.readouterr().out == f'digit {expected.argmax()}\n'
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # of exporters
+@pytest.mark.parametrize('format, batch, images', [
+    ('openvino', 'dynamic', 'any number'), ('executorch', '1', '1'), ('executorch', 'dynamic', '8 at most')])
+def test_files_of_other_runtimes_are_published_with_what_opens_them(
+        format, batch, images, hub, publish_here, exported_run, tmp_path, digits_folder, capsys):
+    for package in FORMATS[format].packages:
+        pytest.importorskip(package)
+    run = shutil.copytree(exported_run, tmp_path / 'run')
+    export.main(**vars(export.parse_export([
+        str(run), '--format', format, '--batch', batch, '--images', str(digits_folder)])))
+    publish_here('--run', run, '--repo', 'acme/other', '--with', format)
+    card = hub.repos['acme/other'].at('main')['README.md'].decode()
+    assert f'| Images at a time | {images} |' in card.splitlines()
+    assert_usage_works(card, format, run, capsys)
+
+
 @pytest.mark.filterwarnings('ignore')  # of exporters
 def test_an_exported_file_is_published_with_its_record_and_goes_with_other_weights(
         hub, publish_here, exported_run, tmp_path, capsys):
@@ -282,14 +312,7 @@ def test_an_exported_file_is_published_with_its_record_and_goes_with_other_weigh
                 f'Top-1 accuracy, and in PyTorch | {record["top1"]:.2f} %, {record["pytorch_top1"]:.2f} %'):
         assert f'| {row} |' in card.splitlines()
 
-    usage, = [code for code in re.findall('^```python\n(.*?)^```$', card, re.DOTALL | re.MULTILINE) if 'onnx' in code]
-    capsys.readouterr()
-    seen = {}
-    exec(usage, seen)
-    network = timm.create_model(f'local-dir:{exported_run}', pretrained=True).eval()
-    with torch.no_grad():
-        expected = network(torch.from_numpy(seen['images']))
-    assert capsys.readouterr().out == f'digit {expected.argmax()}\n'
+    assert_usage_works(card, 'onnx', exported_run, capsys)
 
     publish_here('--run', exported_run, *arguments)
     assert len(repo.commits) == 2  # there was nothing to change
