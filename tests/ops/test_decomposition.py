@@ -31,8 +31,8 @@ def test_computes_the_same(shape, batch, without):
         if name in without:
             arguments[n] = None
     expected = OPERATOR(*arguments)
-    for by_channel in False, True:
-        torch.testing.assert_close(decomposition.decompose(*arguments, by_channel), expected)
+    for for_onnxruntime in False, True:
+        torch.testing.assert_close(decomposition.decompose(*arguments, for_onnxruntime), expected)
 
 
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
