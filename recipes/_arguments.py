@@ -176,11 +176,11 @@ def parse_export(argv: list[str], description: str | None = None) -> argparse.Na
     parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, or registered model.tag')
     parser.add_argument('--format', required=True, choices=EXPORT_SUFFIXES)
     parser.add_argument(
-        '--batch', choices=('1', 'dynamic'), default='1', help='images at a time: one, which is faster, or any number '
-        '(1)')
+        '--batch', choices=('1', 'dynamic'), default='1', help='images at a time: one, which is faster, or any number, '
+        'of which executorch takes 8 (1)')
     parser.add_argument(
         '--weights', choices=('fp32', 'fp16', 'int8', 'int8-static'), default='fp32', help='how they are stored; int8: '
-        'the kernels of dynamic convolutions, and all else in fp32; int8-static: the whole network, which computes in '
+        'the kernels of dynamic convolutions, and all else in fp16; int8-static: the whole network, which computes in '
         'int8 too, by the static quantization of onnxruntime (fp32)')
     parser.add_argument('--output', type=path, metavar='FILE', help='model.<format> in the folder of the checkpoint')
     parser.add_argument(

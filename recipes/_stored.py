@@ -33,6 +33,7 @@ def store_kernels_int8(network: nn.Module) -> nn.Module:
 
 
 STORED = {  # by --weights
-    'fp32': lambda network: network, 'fp16': HalfStored, 'int8': store_kernels_int8,
+    'fp32': lambda network: network, 'fp16': HalfStored,
+    'int8': lambda network: HalfStored(store_kernels_int8(network)),  # attention and classifier are many bytes, too
     'int8-static': store_kernels_int8,  # a quantiser, which reads no computed kernels, does the rest
 }
