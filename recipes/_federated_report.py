@@ -48,8 +48,9 @@ def make_table(runs: dict[str, list[dict[str, Any]]]) -> str:
             f'{seconds:.1f} |')
     record = next(iter(runs.values()))[0]
     federation, seeds = record['federation'], {len(records) for records in runs.values()}
+    given = ''.join(f', {argument}' for argument in record['recipe']['model_kwargs'] or ())
     lines += ['', (
-        f'{record["dataset"]}: {record["train_images"]:,} images to train, {record["validation_images"]:,} to '
+        f'{record["dataset"]}{given}: {record["train_images"]:,} images to train, {record["validation_images"]:,} to '
         f'validate, {federation["num_supernodes"]} clients, Dir({federation["alpha"]:g}), '
         f'{federation["num_server_rounds"]} rounds of {federation["local_epochs"]} local epochs, '
         f'{federation["strategy"]}'
