@@ -24,6 +24,7 @@ from .folded import norm_as_affine
 __all__ = ['PreparedConv2d']
 
 INTEGERS = torch.int16, torch.int8
+POINTWISE = (1, 1), (1, 1), (0, 0), (1, 1), 1  # size, stride, padding, dilation, groups: products of two matrices
 
 TIMED_SIZES = 8  # of images, per layer: in a service that gets images of every size, each would be slow the first time
 
@@ -40,7 +41,8 @@ class PreparedConv2d(nn.Module):
     """A dynamic convolution for inference together with the BatchNorm behind it.
 
     On the CPU it times, for the first few sizes of images, what is fastest here (`ops/fastest.py`): attention and
-    convolution as one call into C, which has its own layout of the kernels, or one of the algorithms of PyTorch. Other
+    convolution as one call into C, which has its own layout of the kernels, attention and kernels in C and convolutions
+    by PyTorch, or one of the algorithms of PyTorch. Other
     devices, gradients, autocast, tracing and compilation go through the operator.
 
     Args:
@@ -133,6 +135,8 @@ class PreparedConv2d(nn.Module):
         """As `per_image`, with kernels that C mixes: all that a static convolution doesn't do is one call into C."""
         if len(x) == 1:
             return F.conv2d(self._padded(x), layer.mixed(x)[0], self.shift, *self.conv_args)
+        if (self.kernel_size, *self.conv_args) == POINTWISE:
+            return self._each_times_its_kernel(x, layer)
         images, y = self._padded(x).split(1), None
         for part in slices(len(x), layer.images_at_once):
             for b, kernel in enumerate(layer.mixed(x[part]), part.start):
@@ -140,6 +144,15 @@ class PreparedConv2d(nn.Module):
                 y = empty_as(result, len(x), *result.shape[1:]) if y is None else y
                 y[b:b + 1] = result  # the next takes the same memory
         return y
+
+    def _each_times_its_kernel(self, x: Tensor, layer: c_conv.Layer) -> Tensor:
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, P, I)
+        y = x.new_zeros(*pixels.shape[:2], len(self.weight) // self.num_kernels)
+        if self.shift is not None:
+            y.copy_(self.shift)
+        for part in slices(len(x), layer.images_at_once):
+            y[part].baddbmm_(pixels[part], layer.mixed(x[part])[..., 0, 0].mT)
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _unit(self) -> Tensor | None:
         """What an integer 1 stands for in each output channel (O,), where kernels are integers."""
@@ -154,8 +167,9 @@ class PreparedConv2d(nn.Module):
         check(padded, x.new_empty(1).expand(self.weight.shape), attention, *self.conv_args)
         case = case_of(padded, self.weight, attention, *self.conv_args)
         case = case._replace(channels_last=True, weight_channels_last=True)  # C copies what is laid out otherwise
-        in_c = made.layer is not None and made.layer.bank is not None
-        candidates = [algorithm for algorithm in algorithms('prepared', case) if in_c or algorithm is not c_conv]
+        candidates = [algorithm for algorithm in algorithms('prepared', case) if algorithm is not c_conv]
+        if made.layer is not None and made.layer.convolves and (case.is_depthwise or c_conv.supports(case)):
+            candidates.insert(0, c_conv)
         return fastest(
             'prepared', case, candidates, lambda tried: self._by(tried, x, made.layer),
             may_time=len(made.algorithms) < TIMED_SIZES)
@@ -170,8 +184,7 @@ class PreparedConv2d(nn.Module):
             (attention.kernel_weight, attention.kernel_bias))]
         *pairs, groups = self.conv_args
         is_convolved = (
-            groups == 1 and self.bias is None and not self.tf_same_padding
-            and c_conv.takes(self.weight, self.num_kernels))
+            self.bias is None and not self.tf_same_padding and c_conv.takes(self.weight, self.num_kernels, groups))
         return c_conv.Layer(
             *maps, attention.competes, attention.gate_sizes, groups * self.weight.shape[1],
             self.weight, is_convolved, self._unit(), self.shift, *pairs)

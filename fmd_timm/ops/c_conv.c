@@ -24,8 +24,9 @@ enum { WIDTH = 4, PIXELS = 6, VECTORS = 2, ROWS = 4 };
 #define LOW 0, 4, 1, 5
 #define HIGH 2, 6, 3, 7
 #endif
-// Output channels of a block, rows of a panel (see `multiply`), bytes of a line of the caches.
-enum { O_BLOCK = 32, R_PANEL = 128, LINE = 64 };
+// Output channels of a block, rows of a panel (see `multiply`), bytes of a line of the caches, channels that a depthwise
+// convolution works on at once.
+enum { O_BLOCK = 32, R_PANEL = 128, LINE = 64, FILTERED = 256 };
 // Of the backward pass: most kernels, input channels and images whose gradients are added to the kernels' at once.
 enum { MAX_KERNELS = 32, SQUARE = 16, IMAGES = 4 };
 // Where the gates of a layer are in an array.
@@ -55,7 +56,8 @@ typedef struct {
     long group;           // images that are convolved together: the kernels are read once for all of them. All where
                           // the images' kernels are wanted
     long chunk;           // numbers of padded images that a thread should work on at once
-    long groups;          // of the channels; only `mix_kernels` knows more than one
+    long groups;          // of the channels; only `mix_kernels` knows more than one. A depthwise convolution has a
+                          // kernel of one output channel and all input channels, which `filter` doesn't sum up
 } Conv;
 
 typedef struct {
@@ -69,7 +71,8 @@ typedef struct {
     float *memory;        // for the attention: see `divide`
     float *padded;        // memory for the convolution: (group, rows, I, stride, columns)
     float *y;             // (B, H', W', O), or null
-    float *kernels;       // each image's kernel with all of its attention (B, O, taps, I / groups), or null
+    float *kernels;       // each image's kernel with all of its attention (B, O, taps, I / groups), or null; if there is
+                          // y too, the convolution is depthwise
     long batch, threads;
     float *kernel_attn, *gates[GATES];  // (B, K); (B, I), (B, O), (B, taps), null is 1 everywhere
     float *pooled, *squeezed;           // (B, I), (B, outputs of squeeze)
@@ -458,6 +461,41 @@ static void convolve(const Call *c) {
     }
 }
 
+// Some channels of a pixel of a depthwise convolution; rows are counted through all images.
+static inline __attribute__((always_inline)) void filter(
+        const Call *c, long row, long column, long channel, const int channels) {
+    const Conv *conv = c->conv;
+    long I = conv->in_channels, height = conv->in_size[0], width = conv->in_size[1], image = row / conv->out_size[0];
+    long top = row % conv->out_size[0] * conv->stride[0] - conv->padding[0];
+    long left = column * conv->stride[1] - conv->padding[1];
+    const float *kernel = c->kernels + image * conv->taps[0] * conv->taps[1] * I + channel;
+    float sums[O_BLOCK];
+    for (int l = 0; l < channels; l++) sums[l] = c->shift ? c->shift[channel + l] : 0;
+    for (long i = 0, y = top; i < conv->taps[0]; i++, y += conv->dilation[0])
+        for (long j = 0, x = left; j < conv->taps[1]; j++, x += conv->dilation[1]) {
+            if (y < 0 || y >= height || x < 0 || x >= width) continue;
+            const float *pixel = c->x + ((image * height + y) * width + x) * I + channel;
+            const float *weight = kernel + (i * conv->taps[1] + j) * I;
+            for (int l = 0; l < channels; l++) sums[l] += pixel[l] * weight[l];
+        }
+    memcpy(c->y + (row * conv->out_size[1] + column) * I + channel, sums, channels * sizeof(float));
+}
+
+// So many channels at a time that a kernel and the rows under it stay in the L1 cache.
+static void filter_all(const Call *c) {
+    long I = c->conv->in_channels, rows = c->batch * c->conv->out_size[0], columns = c->conv->out_size[1];
+    #pragma omp parallel for schedule(static) num_threads(c->threads)
+    for (long row = 0; row < rows; row++)
+        for (long first = 0; first < I; first += FILTERED)
+            for (long column = 0; column < columns; column++) {
+                long i = first, end = first + FILTERED < I ? first + FILTERED : I;
+                for (; i + 32 <= end; i += 32) filter(c, row, column, i, 32);
+                for (; i + 16 <= end; i += 16) filter(c, row, column, i, 16);
+                for (; i + 8 <= end; i += 8) filter(c, row, column, i, 8);
+                for (; i < end; i++) filter(c, row, column, i, 1);
+            }
+}
+
 // Computes what is asked for, group by group.
 void fmd_timm_run(const Call *all) {
     const Conv *conv = all->conv;
@@ -477,7 +515,7 @@ void fmd_timm_run(const Call *all) {
         if (c.kernels) mix_kernels(&c);
         if (!c.y) continue;
         c.y += first * conv->out_size[0] * conv->out_size[1] * conv->out_channels;
-        convolve(&c);
+        (c.kernels ? filter_all : convolve)(&c);
     }
 }
 

@@ -51,10 +51,17 @@ def differentiates(case: Case) -> bool:
     return case.in_channels % O_BLOCK == 0 and case.num_kernels <= MAX_KERNELS and supports(case)
 
 
-def takes(weight: Tensor, num_kernels: int) -> bool:
-    """Whether kernels (K * O, I, kh, kw) are of a form that `Layer` takes."""
-    return weight.dtype in DTYPES and weight.device.type == 'cpu' and _fits(
-        num_kernels, weight.shape[1], len(weight) // num_kernels)
+def takes(weight: Tensor, num_kernels: int, groups: int) -> bool:
+    """Whether a `Layer` convolves by kernels (K * O, I / groups, kh, kw)."""
+    if weight.device.type != 'cpu' or weight.dtype not in DTYPES:
+        return False
+    if groups > 1:
+        return _is_depthwise(weight, num_kernels, groups) and weight.dtype == torch.float32
+    return _fits(num_kernels, weight.shape[1], len(weight) // num_kernels)
+
+
+def _is_depthwise(weight: Tensor, num_kernels: int, groups: int) -> bool:
+    return groups > 1 and weight.shape[1] == 1 and len(weight) == num_kernels * groups
 
 
 def _fits(num_kernels: int, in_channels: int, out_channels: int) -> bool:
@@ -102,8 +109,7 @@ class Layer:
     Args:
         in_channels: I.
         weight: The kernels (K * O, I / groups, kh, kw).
-        convolves: Whether it is to convolve, too, for which groups must be 1 and the kernels are copied to be read
-            faster.
+        convolves: Whether it is to convolve, too (see `takes`), for which it may need a copy of the kernels.
         scale: What kernels of int16 or int8 are multiplied with (O,); None for those of float32.
         shift: Added in the end (O,), or None.
         stride: Vertical and horizontal, as are `padding` and `dilation`.
@@ -125,26 +131,34 @@ class Layer:
         of_gates = [None] * 3 if gates is None else zip(*(t.split(gate_sizes) for t in gates))
         self.maps = Maps(_linear(squeeze), tuple(map(_linear, of_gates)), _linear(kernel), competes)
         self.tensors = squeeze, gates, kernel  # as long as `maps` points into them
-        weight = weight.detach().contiguous(memory_format=torch.channels_last)
+        num_kernels, groups, kernel_size = len(kernel[1]), in_channels // weight.shape[1], tuple(weight.shape[2:])
+        weight, self.convolves = weight.detach(), convolves
+        self.is_depthwise = _is_depthwise(weight, num_kernels, groups)
+        if self.is_depthwise:  # side by side, the weights of all channels under a tap
+            assert not gate_sizes[1]
+            weight, groups = weight.reshape(num_kernels, in_channels, *kernel_size), 1
+        weight = weight.contiguous(memory_format=torch.channels_last)
         self.scale, self.shift = (None if t is None else t.detach().float().contiguous() for t in (scale, shift))
-        num_kernels = len(kernel[1])
         self.mixes, self.weight = weight.dtype == torch.float32, weight
-        self.bank = _bank(weight, num_kernels) if convolves else None
-        self.starts = [*map(_start, (self.weight, self.bank, self.scale, self.shift))]
-        self.sizes = (
-            in_channels, len(weight) // num_kernels, num_kernels, tuple(weight.shape[2:]),
-            *map(tuple, (stride, padding, dilation)))
-        self.groups = in_channels // weight.shape[1]
-        self.kernel_shape = self.sizes[1], *weight.shape[2:], weight.shape[1]
+        self.bank = _bank(weight, num_kernels) if convolves and not self.is_depthwise else None
+        self.starts = [*map(_start, (weight, self.bank, self.scale, self.shift))]
+        out_channels = len(weight) // num_kernels
+        self.sizes = in_channels, out_channels, num_kernels, kernel_size, *map(tuple, (stride, padding, dilation))
+        self.groups, self.kernel_shape = groups, (out_channels, *kernel_size, weight.shape[1])
         # Whose kernels should be mixed before they are used: so many that these stay in a cache.
         self.images_at_once = max(10 * cache_bytes() // (4 * math.prod(self.kernel_shape)), 1)
         # Numbers for each image: the attention, the means of the channels, the squeezed features.
         self.parts = [num_kernels, *gate_sizes, in_channels, self.maps.squeeze.outputs]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The result of attention and convolution (B, O, H', W'), channels_last; of a layer that convolves."""
-        assert self.bank is not None
+        """The result of attention and convolution (B, O, H', W'), channels_last. Only of a layer that convolves."""
+        assert self.convolves
         x = self._checked(x)
+        if self.is_depthwise:
+            conv = self._conv(x)
+            y = x.new_empty(len(x), *conv.out_size, conv.in_channels)
+            self._run(conv, x, self._memory(x), y=y, kernels=x.new_empty(len(x), *self.kernel_shape))
+            return y.permute(0, 3, 1, 2)
         conv = _conv(*self.sizes, tuple(x.shape[2:]))
         if conv is None:
             *_, kernel_size, stride, padding, dilation = self.sizes
@@ -164,7 +178,7 @@ class Layer:
         x = self._checked(x)
         kernels = x.new_empty(len(x), *self.kernel_shape)
         self._run(self._conv(x), x, self._memory(x), kernels=kernels)
-        return kernels.permute(0, 1, 4, 2, 3)
+        return kernels.permute(0, 4, 1, 2, 3) if self.is_depthwise else kernels.permute(0, 1, 4, 2, 3)
 
     def attend(self, x: Tensor) -> Attention:
         """The attention of the images."""
@@ -182,7 +196,9 @@ class Layer:
 
     def _conv(self, x: Tensor) -> Conv:
         """The sizes for the attention and the kernels of all images at once."""
-        return Conv(*self.sizes[:4], in_size=tuple(x.shape[2:]), group=len(x), groups=self.groups)
+        size = tuple(x.shape[2:])
+        out_size = tuple(map(output_size, size, *self.sizes[3:]))
+        return Conv(*self.sizes, size, out_size, group=len(x), groups=self.groups)
 
     def _memory(self, x: Tensor) -> Tensor:
         return x.new_empty(len(x) * sum(self.parts))

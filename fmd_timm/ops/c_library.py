@@ -32,8 +32,8 @@ FLAGS = '-O3', '-march=native', '-std=gnu11', '-fPIC', '-shared'
 OPENMP = ('-fopenmp',), ()  # with threads where the compiler has them (GCC: PyTorch's own libgomp, loaded already)
 MACHINES = 'x86_64', 'aarch64'
 # Of the test, by `reference.py` in float64: the result times its gradient, summed up, without and with a shift; the
-# kernel of each image times one of the K, summed up.
-EXPECTED = 1003.5762, 1023.2305, 132.3362
+# kernel of each image times one of the K, summed up; as the second, of a depthwise convolution.
+EXPECTED = 1003.5762, 1023.2305, 132.3362, 11.2201315
 
 _lock = threading.Lock()
 
@@ -227,6 +227,11 @@ def _self_test(file: str) -> None:
             gates=tuple(attn), batch=B, threads=2))
         found = (kernels, weight, EXPECTED[2]) if more is mixing else (y, grad_y, EXPECTED['shift' in more])
         check(*found, 'it computes something else than it should')
+    depthwise = Conv(I, 1, K, (3, 3), (1, 1), (1, 1), (1, 1), (H, W), (H, W), group=B, groups=1)
+    maps.gates[1] = Linear()
+    pointers.update(maps=maps, conv=depthwise, weight=weight, shift=shift, kernels=kernels)
+    tested.fmd_timm_run(Call(**{name: ctypes.addressof(t) for name, t in pointers.items()}, batch=B, threads=2))
+    check(y, grad_y, EXPECTED[3], 'it computes something else than it should')
     tensors = map(ctypes.addressof, (conv, x, weight, grad_y))
     gradients = map(ctypes.addressof, (grad_x, grad_weight, grad_in_attn, products, of_x, of_y))
     tested.fmd_timm_backward(Backward(*tensors, kernel_attn, tuple(attn), *gradients, batch=B, threads=2, chunks=1))

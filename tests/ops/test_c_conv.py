@@ -141,7 +141,8 @@ METHODS = {  # sizes of what is squeezed for the gates and for the kernels, soft
 def make_layer(
         method, K, I, O, kernel_size, stride, padding, dilation, groups=1, convolves=True, are_integers=False):
     """A layer, its kernels and shift, and a function that computes its attention in float64"""
-    hidden, competes, given = METHODS[method]
+    hidden, competes, (has_in_attn, has_out_attn, has_tap_attn) = METHODS[method]
+    given = has_in_attn, has_out_attn and not 1 < groups == I == O, has_tap_attn
     gate_sizes = [size if is_given else 0 for size, is_given in zip((I, O, kernel_size[0] * kernel_size[1]), given)]
 
     def linear(outputs: int, inputs: int):
@@ -210,8 +211,28 @@ def test_the_attention_alone_may_be_of_any_channels(method):
 
 
 @pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('batch, threads', [(1, 1), (3, 2)])
+@pytest.mark.parametrize('K, I, kernel_size, stride, padding, dilation, size', [
+    (4, 72, (3, 3), (1, 1), (1, 1), (1, 1), (7, 9)), (2, 40, (5, 5), (2, 2), (2, 2), (1, 1), (6, 6)),
+    (3, 11, (3, 1), (2, 1), (0, 3), (2, 3), (9, 4)), (4, 2, (3, 3), (1, 1), (1, 1), (1, 1), (1, 1)),
+], ids=str)
+def test_a_layer_is_a_depthwise_convolution_of_any_size(
+        K, I, kernel_size, stride, padding, dilation, size, batch, threads, method):
+    conv_args = stride, padding, dilation
+    layer, weight, shift, attend = make_layer(method, K, I, I, kernel_size, *conv_args, groups=I)
+    x = torch.randn(batch, I, *size)
+    attention = attend(x)
+    case = case_of(x, weight, attention, *conv_args, I)
+    expected = definition(x, weight, attention, case) + shift[:, None, None]
+    torch.set_num_threads(threads)
+    assert_close(layer(x), expected)
+    results = [F.conv2d(*pair, shift, *conv_args, I) for pair in zip(x.split(1), layer.mixed(x))]
+    torch.testing.assert_close(torch.cat(results).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('K, I, O, groups, kernel_size', [
-    (4, 7, 5, 1, (3, 3)), (2, 40, 24, 1, (1, 1)), (3, 12, 18, 6, (3, 1)), (4, 36, 36, 36, (5, 5)),
+    (4, 7, 5, 1, (3, 3)), (2, 40, 24, 1, (1, 1)), (3, 12, 18, 6, (3, 1)), (4, 36, 72, 36, (5, 5)),
     (8, 1200, 13, 1, (3, 3)),
 ], ids=str)
 @pytest.mark.parametrize('batch, threads', [(1, 1), (3, 2)])

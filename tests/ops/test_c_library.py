@@ -295,6 +295,11 @@ def test_what_the_test_of_a_library_expects_is_of_the_definition():
     mixed *= attention.tap_attn.view(2, 1, 1, 3, 3)
     expected = [(result * grad_y).sum().item() for result in (y, y + shift[:, None, None])]
     expected.append((mixed * weight.unflatten(0, (3, 32))[:2]).sum().item())
+    kernels = weight.permute(0, 2, 3, 1).flatten()[:3 * 9 * 32].view(3, 3, 3, 32).permute(0, 3, 1, 2)
+    kernels = kernels.reshape(96, 1, 3, 3)
+    attention = attention._replace(out_attn=None)
+    y = reference.forward(x, kernels, attention, case_of(x, kernels, attention, (1, 1), (1, 1), (1, 1), 32))
+    expected.append(((y + shift[:, None, None]) * grad_y).sum().item())
     assert c_library.EXPECTED == pytest.approx(expected, rel=1e-6)
 
 
