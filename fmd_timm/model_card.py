@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .card_template import ARTICLE, CARD, DYNAMICS, EXPORTED, EXPORTED_USAGE, RUNTIMES, TABLE
 from .layers import METHODS
 
-__all__ = ['make_card', 'results_table']
+__all__ = ['as_text', 'make_card', 'results_table']
 
 REQUIRED = (
     'model', 'model_args', 'command', 'dataset', 'train_split', 'train_images', 'validation_split',
@@ -71,6 +71,13 @@ def results_table(record: dict[str, Any]) -> str:
             f'| {label} | {record[name]:.3f} |\n' for name, label in DYNAMICS.items() if record[name] is not None),
         input_size=' x '.join(map(str, record['input_size'])),
     ).rstrip()
+
+
+def as_text(table: str) -> str:
+    """A Markdown table of two columns as lines for a terminal, `name   value`, without its head."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()[2:]]
+    width = max(len(name) for name, _ in rows)
+    return '\n'.join(f'{name:{width}}  {value}' for name, value in rows)
 
 
 def _convolutions(method: str | None) -> str:

@@ -77,8 +77,9 @@ def finish_epoch(
     if progress['step'] == steps_per_epoch:  # it was stopped before it was evaluated
         return
     first = progress['step'] * recipe.accumulate
-    with tqdm(
-            total=len(loader), initial=first, desc=f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1,
+    with tqdm(  # of the whole run, so that it tells when that ends
+            total=recipe.epochs * len(loader), initial=epoch * len(loader) + first,
+            desc=f'epoch {epoch + 1}/{recipe.epochs}', leave=False, mininterval=1,
             disable=not training.accelerator.is_main_process) as bar:
 
         def counted():
@@ -91,7 +92,8 @@ def finish_epoch(
 
         batches = counted()
         while progress['step'] < steps_per_epoch:
-            seconds, loss = train_epoch(training, batches, interruptions)
+            seconds, loss = train_epoch(
+                training, batches, interruptions, lambda loss: bar.set_postfix(loss=f'{loss:.3f}', refresh=False))
             progress |= dict(
                 step=training.step - epoch * steps_per_epoch, seconds=progress['seconds'] + seconds, train_loss=loss)
             if interruptions.pending:

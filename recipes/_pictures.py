@@ -1,5 +1,6 @@
-"""The pictures of a comparison: accuracy against time, with lines of equal score. They need no colour."""
+"""The pictures of a comparison, accuracy against time with lines of equal score, and of a run. They need no colour."""
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,30 @@ def draw_inference(comparison: dict[str, Any]) -> Figure:
     return draw(comparison, 'infer_ms_per_image', 'Inference of one image, ms', 'equal IES of inference, ms')
 
 
-def save(figure: Figure, stem: Path) -> None:
+def draw_run(history: list[dict[str, float]]) -> Figure:
+    """Loss and top-1 after each epoch.
+
+    Args:
+        history: Of a record: `train_loss` of the last batch, `loss` and `top1` of the validation images.
+    """
+    figure = Figure(figsize=(7, 3.5), layout='constrained')
+    epochs = range(1, len(history) + 1)
+    for axes, label, curves in zip(figure.subplots(1, 2), ('Cross-entropy', 'Top-1, %'), (
+            dict(train_loss=('--', 'training, last batch'), loss=('-', 'validation')), dict(top1=('-', 'validation')))):
+        for name, (style, title) in curves.items():
+            axes.plot(epochs, [epoch[name] for epoch in history], style, color='black', marker='.', label=title)
+        axes.set(xlabel='Epoch', ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=8)
+    return figure
+
+
+FORMATS = {'.png': dict(dpi=150), '.svg': dict(metadata=dict(Date=None))}
+
+
+def save(figure: Figure, stem: Path, suffixes: Iterable[str] = FORMATS) -> None:
     """The figure as PNG and as SVG, whose text stays text and which is the same file for the same figure."""
-    for suffix, options in ('.png', dict(dpi=150)), ('.svg', dict(metadata=dict(Date=None))):
+    for suffix in suffixes:
         with replacing(stem.with_suffix(suffix)) as unfinished:
             with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'fmd_timm'}):
-                figure.savefig(unfinished, **options)
+                figure.savefig(unfinished, **FORMATS[suffix])

@@ -15,8 +15,8 @@ IMAGENET = Recipe(dataset='ILSVRC/imagenet-1k', num_workers=8, smoothing=0.0)
 LONG = replace(IMAGENET, epochs=300, min_lr=1e-6, interpolation='bicubic', cutmix=1.0)
 PRESETS = {
     'digits': Recipe(
-        model='resnet18_fmd_cifar', dataset='digits', image_size=8, crop='pad', hflip=0.0, epochs=8, batch_size=64,
-        lr=0.05, weight_decay=5e-4, warmup_epochs=1, clip_grad=5.0, num_workers=0,
+        model='resnet20_fmd_cifar', dataset='digits', image_size=8, crop='pad', hflip=0.0, epochs=16, batch_size=64,
+        lr=0.1, weight_decay=5e-4, warmup_epochs=1, clip_grad=5.0, num_workers=0,
     ),
     'cifar10': replace(CIFAR, dataset='uoft-cs/cifar10'),
     'cifar100': replace(CIFAR, dataset='uoft-cs/cifar100', label_column='fine_label'),

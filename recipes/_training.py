@@ -129,11 +129,12 @@ def train_epoch(
         training: Training,
         batches: Iterable[tuple[Tensor, Tensor]],
         interruptions: Interruptions,
+        show: Callable[[float], None] = lambda loss: None,
 ) -> tuple[float, float]:
     """Train on batches of images (B, 3, H, W) uint8 and labels (B,), to the last one or until a step is interrupted.
 
     Loss and interruptions are read one step late, when the device has them: to wait for them at once would keep the
-    device from being given the next step in time.
+    device from being given the next step in time. `show` is given each loss.
 
     Returns:
         The seconds, and the loss of the last batch, the mean of all processes.
@@ -146,6 +147,7 @@ def train_epoch(
     def arrive(read: Callable[[], list[float]], step: int, rate: float) -> float:
         loss, *wishes = read()
         interruptions.hear(*wishes)
+        show(loss)
         return check_finite(loss, step, rate)
 
     _optim.train_mode(training.model)

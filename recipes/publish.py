@@ -1,6 +1,6 @@
 """Publish a run on the Hugging Face Hub:
 
-    python recipes/publish.py --run runs/digits --repo acme/resnet18_fmd_cifar.digits --tag digits
+    python recipes/publish.py --run runs/digits --repo acme/resnet20_fmd_cifar.digits --tag digits
 
 The folder holds `model.safetensors`, `config.json` and `result.json`, as training leaves them. All is checked before
 anything is uploaded: that the record is of these weights and does not contradict itself, too. Then one commit brings

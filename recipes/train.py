@@ -1,8 +1,11 @@
-"""Train an image classifier:  accelerate launch recipes/train.py <preset> [--output FOLDER] [--option value ...]
+"""Train an image classifier:  python recipes/train.py <preset> [--output FOLDER] [--option value ...]
+
+On several GPUs:  accelerate launch recipes/train.py <preset> ...
 
 A preset is a whole recipe; an option changes one value of it. `train.py <preset> --help` shows them all. The output
 folder gets `model.safetensors` and `config.json` (timm and the Hub load them), `result.json` (the run record, which the
-model card is made from), `checkpoints/` to resume from and the tracker's `logs/`.
+model card is made from), `results.md` (its table), `curves.png` (loss and top-1 of each epoch), `checkpoints/` to go on
+from and the tracker's `logs/`.
 """
 import sys
 
@@ -33,7 +36,18 @@ from _measure import count_gmacs, peak_memory_mib, time_inference
 from _output import open_output
 from _recipe import EXECUTION, Recipe
 from _recipe_checks import check_recipe
-from _record import circumstances, hardware, new_leg, public, read_json, sha256, training_times, write_json
+from _record import (
+    circumstances,
+    command_line,
+    hardware,
+    new_leg,
+    public,
+    read_json,
+    sha256,
+    training_times,
+    write_json,
+    write_text,
+)
 from _start import (
     check_names,
     check_pass,
@@ -50,7 +64,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fmd_timm.hub import save_for_hub
-from fmd_timm.model_card import results_table
+from fmd_timm.model_card import as_text, results_table
 from fmd_timm.models._pretrained import WEIGHTS_NAME
 from fmd_timm.scores import ies_infer, rcs_infer
 
@@ -104,6 +118,8 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
     if checkpoint:
         _checkpoints.load(accelerator, checkpoint, training.ema)
 
+    if is_main:
+        print(first_lines(training, images, output), flush=True)
     train_epochs(training, train_loader, validation_loader, progress, output / 'checkpoints')
 
     # Write
@@ -119,12 +135,47 @@ def main(preset: str, recipe: Recipe, output: Path, resume: str | None) -> dict[
             record |= make_record(training, final, images, progress)
             record |= training_times(record)
             write_json(output / 'result.json', record)
+            write_text(output / 'results.md', results_table(record) + '\n')
+            save_curves(record, output)
         except (OSError, SafetensorError) as error:
             raise SystemExit(
                 f'the results could not be written to {output}, --resume auto tries again: {error}') from error
-        print(results_table(record))
+        print(last_lines(record, output))
     tracked(accelerator.end_training)
     return record
+
+
+def first_lines(training: Training, images: dict[str, LabelledImages], output: Path) -> str:
+    """What is trained, where, on what, and how to go on."""
+    accelerator, recipe, train = training.accelerator, training.recipe, images['train']
+    network, machine = accelerator.unwrap_model(training.model), hardware(accelerator)
+    layer, parameters = first_dynamic(network), sum(p.numel() for p in network.parameters())
+    command = command_line('train.py')
+    return '\n'.join((
+        f'model:   {recipe.model}, {parameters / 1e6:,.2f} M parameters, {layer.method if layer else "static"}',
+        f'device:  {machine["device_count"]} x {machine["device"]}, {machine["precision"]}',
+        f'images:  {dataset_name(recipe.dataset)}, {len(train):,} to train, {len(images["validation"]):,} to validate, '
+        f'{len(train.label_names):,} classes',
+        f'results: {output}; stopped, this goes on: {command}{"" if "--resume" in command else " --resume auto"}',
+    ))
+
+
+def save_curves(record: dict[str, Any], output: Path) -> None:
+    import _pictures  # and matplotlib, which takes a second
+
+    _pictures.save(_pictures.draw_run(record['history']), output / 'curves', ['.png'])
+
+
+def last_lines(record: dict[str, Any], output: Path) -> str:
+    """What came out, where it is, and what can be done with it."""
+    return '\n'.join((
+        as_text(results_table(record)),
+        '',
+        f'saved in {output}: {WEIGHTS_NAME} and config.json, result.json, results.md (this table), curves.png',
+        'next:',
+        f'  python recipes/predict.py {output} path/to/images',
+        f'  python recipes/publish.py --run {output} --repo OWNER/NAME --dry-run',
+    ))
 
 
 def start_tracker(accelerator: Accelerator, asked: Recipe) -> None:

@@ -1,9 +1,10 @@
 """Is an inflated network a good start?  python recipes/transfer.py [--seeds 3] [--output runs/transfer]
 
-On scikit-learn's digits, for every seed: a static resnet18_cifar learns the digits 0 to 4, as the preset `digits` says.
+On scikit-learn's digits, for every seed: a static resnet18_cifar learns the digits 0 to 4, as the preset `digits` says
+but for epochs and learning rate.
 Then networks learn the digits 5 to 9, all from the same batches in the same number of steps:
 
-    scratch   resnet18_fmd_cifar from random weights, as the preset `digits` says
+    scratch   resnet18_fmd_cifar from random weights, likewise
     static    the static network, fine-tuned as the preset `finetune` says
     inflated  resnet18_fmd_cifar grown out of the static network, fine-tuned likewise
 
@@ -28,6 +29,7 @@ from _runs import run
 
 RESULT = Path(__file__).parent / 'results' / 'finetune' / 'digits.json'
 EPOCHS = 4  # of 11 steps
+FIRST_EPOCHS, LR = 8, 0.05  # of the static network on the first half, and of what starts from random weights
 STATIC, DYNAMIC = 'resnet18_cifar', 'resnet18_fmd_cifar'
 
 
@@ -60,10 +62,10 @@ def main(seeds: int, output: Path) -> None:
     starts, arms = [], {}
     for seed in range(seeds):
         start = output / f'start_{seed}'
-        scratch = dataclasses.replace(PRESETS['digits'], **shared, dataset=str(second), seed=seed)
+        scratch = dataclasses.replace(PRESETS['digits'], **shared, dataset=str(second), lr=LR, seed=seed)
         finetune = dataclasses.replace(PRESETS['finetune'], **shared, dataset=str(second), seed=seed)
         pretrained = dataclasses.replace(
-            scratch, model=STATIC, dataset=str(first), epochs=PRESETS['digits'].epochs)
+            scratch, model=STATIC, dataset=str(first), epochs=FIRST_EPOCHS)
         starts.append(run('digits', pretrained, start))
         recipes = dict(
             scratch=('digits', dataclasses.replace(scratch, model=DYNAMIC)),

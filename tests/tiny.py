@@ -38,7 +38,7 @@ def tiny_static(pretrained: bool = False, **kwargs) -> CifarResNet:
 
 def make_recipe(folder, **changes):
     """Two epochs of the dynamic network on the images in `folder`, by the preset of the digits."""
-    base = dict(model=NAME, dataset=str(folder), epochs=2, batch_size=16, warmup_epochs=0, tracker='none')
+    base = dict(model=NAME, dataset=str(folder), epochs=2, batch_size=16, lr=0.05, warmup_epochs=0, tracker='none')
     return dataclasses.replace(PRESETS['digits'], **dict(base, **changes))
 
 

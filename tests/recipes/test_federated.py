@@ -480,7 +480,7 @@ def test_what_cannot_work_is_refused(arguments, message):
 
 def test_epochs_are_those_of_all_rounds(capsys):
     parsed = parse_federated(['digits', '--num-server-rounds', '6', '--local-epochs', '2'])
-    assert parsed.recipe.epochs == 12 and parsed.models == ['resnet18_cifar', 'resnet18_fmd_cifar']
+    assert parsed.recipe.epochs == 12 and parsed.models == ['resnet20_cifar', 'resnet20_fmd_cifar']
     with pytest.raises(SystemExit):
         parse_federated(['digits', '--epochs', '6'])
     assert '--num-server-rounds and --local-epochs' in capsys.readouterr().err

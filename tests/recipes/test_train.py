@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from safetensors.torch import load_file
 from tiny import make_recipe, run
 
 from fmd_timm.layers import annealed_temperature
+from fmd_timm.model_card import results_table
 
 RECIPES = Path(train.__file__).parent
 PATH = os.pathsep.join(map(str, (RECIPES, Path(tiny.__file__).parent, RECIPES.parent)))  # of processes
@@ -57,6 +59,28 @@ def test_a_record_says_how_long_the_device_waited_for_images(digits_folder, tmp_
     for seconds, waited in zip(leg['epoch_seconds'], leg['data_wait_seconds'], strict=True):
         assert 64 * 0.002 <= waited <= seconds
     assert result['data_wait_share'] == leg['data_wait_seconds'][1] / leg['epoch_seconds'][1]
+
+
+def test_a_run_says_what_it_does_and_what_comes_next(digits_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'digits'])
+    result = run(make_recipe(digits_folder), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith('model: '))
+    millions = f'{result["parameters"] / 1e6:.2f}'
+    assert lines[first:first + 4] == [
+        f'model:   {tiny.NAME}, {millions} M parameters, FMDConv',
+        f'device:  1 x {result["device"]}, fp32',
+        f'images:  {digits_folder.name}, 64 to train, 50 to validate, 10 classes',
+        f'results: {tmp_path}; stopped, this goes on: python recipes/train.py digits --resume auto',
+    ]
+    table = (tmp_path / 'results.md').read_text()
+    assert table == results_table(result) + '\n'
+    shown = lines[next(i for i, line in enumerate(lines) if line.startswith('Top-1 accuracy')):]
+    assert re.fullmatch(rf'Top-1 accuracy +{result["top1"]:.2f} %', shown[0]) and not any('|' in row for row in shown)
+    assert len(table.splitlines()) - 2 == shown.index('')
+    assert [line.split()[1] for line in shown[-2:]] == ['recipes/predict.py', 'recipes/publish.py']
+    for name in 'model.safetensors', 'config.json', 'result.json', 'results.md', 'curves.png':
+        assert name in shown[-4] and (tmp_path / name).stat().st_size
 
 
 def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folder, tmp_path):
