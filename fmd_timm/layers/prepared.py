@@ -42,8 +42,8 @@ class PreparedConv2d(nn.Module):
 
     On the CPU it times, for the first few sizes of images, what is fastest here (`ops/fastest.py`): attention and
     convolution as one call into C, which has its own layout of the kernels, attention and kernels in C and convolutions
-    by PyTorch, or one of the algorithms of PyTorch. Other
-    devices, gradients, autocast, tracing and compilation go through the operator.
+    by PyTorch, or one of the algorithms of PyTorch. Other devices, gradients, autocast, tracing and compilation go
+    through the operator.
 
     Args:
         conv: The `DynamicConv2d`, whose attention becomes this one's.
