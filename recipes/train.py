@@ -38,7 +38,6 @@ from _recipe import EXECUTION, Recipe
 from _recipe_checks import check_recipe
 from _record import (
     circumstances,
-    command_line,
     hardware,
     new_leg,
     public,
@@ -150,13 +149,12 @@ def first_lines(training: Training, images: dict[str, LabelledImages], output: P
     accelerator, recipe, train = training.accelerator, training.recipe, images['train']
     network, machine = accelerator.unwrap_model(training.model), hardware(accelerator)
     layer, parameters = first_dynamic(network), sum(p.numel() for p in network.parameters())
-    command = command_line('train.py')
     return '\n'.join((
         f'model:   {recipe.model}, {parameters / 1e6:,.2f} M parameters, {layer.method if layer else "static"}',
         f'device:  {machine["device_count"]} x {machine["device"]}, {machine["precision"]}',
         f'images:  {dataset_name(recipe.dataset)}, {len(train):,} to train, {len(images["validation"]):,} to validate, '
         f'{len(train.label_names):,} classes',
-        f'results: {output}; stopped, this goes on: {command}{"" if "--resume" in command else " --resume auto"}',
+        f'results: {output}; stopped, the same command with --resume auto goes on',
     ))
 
 
