@@ -1,9 +1,10 @@
 """Networks outside of PyTorch, a few images at a time: what `recipes/bench.py --edge` measures.
 
 In each runtime that is installed, timm's static network and ours take turns, all prepared for inference and with random
-weights. Files are written as recipes/export.py writes them. Each is compared with the network in PyTorch, and its size
-is noted, and how much memory a new process takes that opens it and classifies three images.
+weights. Files are written as recipes/export.py writes them. Each is compared with the network in PyTorch in float64.
+Its size is noted, and how much memory a new process takes that opens it and classifies three images.
 """
+import copy
 import importlib
 import multiprocessing
 import statistics
@@ -143,8 +144,8 @@ def write(exported: Exported, root: Path) -> dict[str, Any]:
     """Write the file; how large it is, and how far from the network in PyTorch."""
     network = make_network(exported.network)
     images = torch.randn(2 if exported.batch == '1' else BATCH, 3, IMAGE_SIZE, IMAGE_SIZE)
-    with torch.inference_mode():
-        expected = network(images)
+    with torch.inference_mode():  # in float64: float32 would add the rounding of PyTorch's own order of sums
+        expected = copy.deepcopy(network).double()(images.double())
     prepared = prepare(network, exported.weights)
     if exported.runtime == PYTORCH:
         size = sum(tensor.nbytes for tensor in prepared.state_dict().values())
