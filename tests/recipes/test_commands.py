@@ -29,7 +29,7 @@ COMMANDS = dict(
     bench=['--modell', 'resnet18'], first_gpu=['--outputs', 'report.md'],
     prepare_data=['digits', 'folder', '--sizes', '8'], export=['runs/digits', '--format', 'onxx'],
     convert=['resnet18.pth', '--models', 'resnet18_od'], federated=['digits', '--learning-rate', '1'],
-    _federated_report=['--folder', 'runs'],
+    _federated_report=['--folder', 'runs'], laboratory=['--arm', 'static'], scratch=['--arm', 'static'],
 )
 
 

@@ -286,7 +286,7 @@ def test_records_of_another_device_are_refused(values, difference, copied, digit
 
 
 def test_another_recipe_is_refused_in_the_folder_of_a_comparison(copied, digits_folder):
-    with pytest.raises(SystemExit, match=r'timing.json cannot be compared with this run: lr is 0.05, not 0.01$'):
+    with pytest.raises(SystemExit, match=r'timing.json cannot be compared with this run: lr is 0.1, not 0.01$'):
         run(digits_folder, copied, '--lr', 0.01)
 
 

@@ -6,6 +6,9 @@ import shlex
 from pathlib import Path
 
 import _arguments
+import _arms
+import _federation
+import _scratch_arms
 import pytest
 from _arguments import parse_train
 from _presets import PRESETS
@@ -26,17 +29,17 @@ PAGES = [CHECKOUT / 'README.md', *sorted(CHECKOUT.glob('fmd_timm/**/*.md')), *so
     (['--interpolation', 'nearest'], "--interpolation must be one of bilinear, bicubic, random, got 'nearest'"),
     (['--sched', 'plateau'], "--sched must be one of cosine, step, .* got 'plateau'"),
     (['--sched', 'multistep'], '--decay-milestones must be epochs for --sched multistep, such as 30 60 90, got None'),
-    (['--sched', 'multistep', '--decay-milestones', '5', '9'], '--decay-milestones must be ascending epochs between 0 '
-     'and --epochs 8, got 5 9'),
-    (['--sched', 'wsd', '--decay-epochs', '8'],
-     '--epochs must be at least the 9 of warm-up, decay and cooldown, got 8'),
-    (['--min-lr', '1'], '--min-lr must be at most --lr 0.05, got 1.0'),
+    (['--sched', 'multistep', '--decay-milestones', '5', '17'], '--decay-milestones must be ascending epochs between 0 '
+     'and --epochs 16, got 5 17'),
+    (['--sched', 'wsd', '--decay-epochs', '16'],
+     '--epochs must be at least the 17 of warm-up, decay and cooldown, got 16'),
+    (['--min-lr', '1'], '--min-lr must be at most --lr 0.1, got 1.0'),
     (['--image-sizes', '8'], '--image-sizes must be SIZE:EPOCH ..., the sizes at most 4096, the epochs ascending from '
-     '0 and below --epochs 8, got 8'),
+     '0 and below --epochs 16, got 8'),
     (['--image-sizes', '8:0', '4097:1'], '--image-sizes must be .* got 8:0 4097:1'),
     (['--image-sizes', '8:0', '12:x'], '--image-sizes must be .* got 8:0 12:x'),
     (['--image-sizes', '8:4', '12:4'], '--image-sizes must be .* got 8:4 12:4'),
-    (['--image-sizes', '8:0', '12:8'], '--image-sizes must be .* got 8:0 12:8'),
+    (['--image-sizes', '8:0', '12:16'], '--image-sizes must be .* got 8:0 12:16'),
     (['--opt-betas', '0.9', '1.0'], '--opt-betas must be at least 0 and below 1, got 0.9 1.0'),
     (['--seed', '-1'], '--seed must be at least 0 and at most 4294967295, got -1'),
     (['--seed', '4294967296'], '--seed must be at least 0 and at most 4294967295, got 4294967296'),
@@ -126,10 +129,11 @@ def test_other_recipes_of_the_field_can_be_said():
 
 def test_the_commands_of_the_pages_are_understood():
     text = ''.join(page.read_text(encoding='utf-8') for page in PAGES).replace('\\\n', ' ')
+    parsers = {**vars(_arguments), **vars(_arms), **vars(_federation), **vars(_scratch_arms)}
     commands = re.findall(r'(?:python|launch.*?) recipes/(\w+)\.py\b([^#`"\n]*)', text)
     for script, arguments in commands:
         if '--help' not in arguments:
-            getattr(_arguments, f'parse_{script}')(shlex.split(arguments))
+            parsers[f'parse_{script}'](shlex.split(arguments))
     assert {'train', 'evaluate', 'predict', 'publish', 'compare', 'bench'} <= {script for script, _ in commands}
 
 
