@@ -268,6 +268,7 @@ def test_a_round_without_any_network_ends_the_run(digits_folder, tmp_path):
         federate(digits_folder, tmp_path, spoil=lambda *_: None)
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_goes_on_to_the_same_result(digits_folder, tmp_path):
     """With the momentum of the server, and the BatchNorms of the clients."""
     federation = dict(strategy='fedavgm', server_momentum=0.9, fedbn=True, num_server_rounds=3)
@@ -343,6 +344,7 @@ def test_a_momentum_of_the_server_leaves_variances_positive(network):
     assert not torch.allclose(found['bn1.weight'], torch.tensor(0.05))
 
 
+@pytest.mark.slow
 def test_fedprox_stays_nearer_to_what_the_server_sent(digits_folder, tmp_path):
     moved = {}
     for mu in 0.0, 10.0:
@@ -381,6 +383,7 @@ def static(digits_folder, tmp_path):
     return tmp_path / 'static'
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_where_it_is(digits_folder, tmp_path, static, network):
     recipe = dict(init=f'inflated:{static}', freeze='backbone')
     record, clients = federate(digits_folder, tmp_path / 'run', recipe=recipe)
@@ -437,7 +440,7 @@ def test_more_clients_than_images_are_refused():
         partition(11, 1.0, labels=np.arange(10))
 
 
-@pytest.mark.parametrize('model', [tiny.NAME, tiny.STATIC])
+@pytest.mark.parametrize('model', [tiny.NAME, pytest.param(tiny.STATIC, marks=pytest.mark.slow)])
 def test_clients_with_a_single_image_or_a_single_class_train(digits_folder, tmp_path, monkeypatch, model):
     def few(labels, others, num_classes, *_):
         zeros = np.flatnonzero(labels == 0)
@@ -486,6 +489,7 @@ def test_epochs_are_those_of_all_rounds(capsys):
     assert '--num-server-rounds and --local-epochs' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_the_table_has_both_networks(digits_folder, tmp_path, capsys):
     federation = Federation(num_supernodes=2, num_server_rounds=1, local_epochs=1)
     asked = SimpleNamespace(

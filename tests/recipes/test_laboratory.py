@@ -81,7 +81,9 @@ def test_other_networks_are_refused(tmp_path):
         run(tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize('name', [name for name, arm in ARMS.items() if arm.method])
+@pytest.mark.parametrize('name', [
+    'fmd_2e-2', 'k1', 'k8', 'cond', 'dy', 'od', 'temperature_30', 'normalized', 'gaussian', 'orthogonal', 'svd',
+    'usage_entropy', 'clusters', 'random', 'depthwise', 'head'])
 def test_an_arm_begins_with_what_the_static_network_computes(checkpoint, name, tmp_path):
     arm = ARMS[name]
     _, tail, _ = laboratory.load_tail(str(checkpoint))

@@ -12,6 +12,7 @@ import transfer
 CHECKOUT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_every_start_gets_the_same_seeds_and_steps_and_a_finished_run_is_kept(
         tmp_path, monkeypatch, fresh_accelerator, capsys):
     digits = _dataset.load_digits()
