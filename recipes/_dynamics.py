@@ -30,7 +30,7 @@ class AttentionStatistics:
 
     def add(self, attention: tuple[Tensor | None, ...]) -> None:
         """Count the images of a batch, whose attention is (B, K), (B, C_in), (B, C_out) and (B, kh * kw) or None."""
-        attention = [None if attn is None else attn.detach().double() for attn in attention]
+        attention = [None if attn is None else attn.detach().cpu().double() for attn in attention]  # MPS has no float64
         sums = [None if attn is None else attn.sum(0, keepdim=True) for attn in attention]
         squares = [None if attn is None else attn.square().sum(0, keepdim=True) for attn in attention]
         if self.images:
@@ -66,7 +66,7 @@ class AttentionStatistics:
 
     def kernel_distance(self) -> float:
         """How far a kernel is from the mean of the K kernels, over the norm of that mean; mean of the kernels."""
-        kernels = self.conv.weight.detach().double().unflatten(0, (self.conv.num_kernels, -1)).flatten(1)
+        kernels = self.conv.weight.detach().cpu().double().unflatten(0, (self.conv.num_kernels, -1)).flatten(1)
         mean = kernels.mean(0)
         return ((kernels - mean).norm(dim=1).mean() / mean.norm()).item()
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, accuracy against time with lines of equal score, and of a run. They need no colour."""
+"""Pictures of comparisons, accuracy against time with lines of equal score, of a run and of attention. In black."""
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,6 +75,30 @@ def draw_run(history: list[dict[str, float]]) -> Figure:
         axes.set(xlabel='Epoch', ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8)
+    return figure
+
+
+def draw_layers(layers: dict[str, dict[str, float | None]]) -> Figure:
+    """What the attention of each layer does, from the first layer at the top; see recipes/inspect_attention.py."""
+    figure = Figure(figsize=(9, 1.2 + 0.22 * len(layers)), layout='constrained')
+    parts = figure.subplots(1, 3, sharey=True)
+    for axes, label, drawn in (
+            (parts[0], 'entropy over log K', dict(kernel_entropy='of an image', usage_entropy='of the mean')),
+            (parts[1], 'deviation of a gate', dict(gate_std=None)),
+            (parts[2], 'distance of the kernels', dict(kernel_distance=None))):
+        for (number, name), marker in zip(drawn.items(), MARKERS):
+            values = [layer[number] for layer in layers.values()]
+            if None not in values:
+                axes.plot(
+                    values, range(len(values)), marker, color='black', label=name,
+                    markerfacecolor='black' if marker == MARKERS[0] else 'white')
+        axes.set(xlabel=label)
+        axes.set_xlim(0, max(1.05, axes.get_xlim()[1]) if len(drawn) > 1 else None)
+        axes.grid(axis='y', color='lightgray', linewidth=0.5)
+    parts[0].set_yticks(range(len(layers)), layers, fontsize=8)
+    parts[0].invert_yaxis()
+    if parts[0].lines:
+        parts[0].legend(fontsize=8)
     return figure
 
 

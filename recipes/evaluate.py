@@ -7,7 +7,7 @@ With --validation-share it is scored on the images that its training run held ou
 """
 import sys
 
-from _arguments import parse_evaluate
+from _arguments_checkpoint import parse_evaluate
 from _interruptions import end_with_launcher
 
 if __name__ == '__main__':  # before the imports below, which take seconds
@@ -29,6 +29,7 @@ from _streaming import OwnGroups
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from timm.data import resolve_model_data_config
+from torch import nn
 from torch.utils.data import DataLoader
 
 import fmd_timm  # noqa: F401, registers the models
@@ -58,24 +59,12 @@ def main(
     if batch_size < 1 or batch_size % accelerator.num_processes:
         raise SystemExit(
             f'--batch-size must be a multiple of the {accelerator.num_processes} processes, got {batch_size}')
-    if validation_share:
-        split, seed = find_hold_out(checkpoint, validation_share, split, seed)
-    with accelerator.local_main_process_first():  # downloads once on every machine
-        model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint')
-        splits = open_dataset(dataset, dataset_config, streaming)
-    split, parts = choose_parts(splits, dataset, split, VALIDATION_SPLITS)
+    model, images = open_scored(
+        accelerator, checkpoint, dataset, dataset_config, split, validation_share, seed, image_column, label_column,
+        streaming)
     data_config = resolve_model_data_config(model)
-    images = (StreamedImages if streaming else LabelledImages)(
-        take_parts(splits, parts), split, f'{dataset} split {split!r}', eval_transform(data_config), image_column,
-        label_column, seed or 0)
-    if validation_share:
-        _, images = images.hold_out(validation_share)
-    match_classes(images, model, f'checkpoint {checkpoint!r}', accelerator.print)
-
-    num_workers = min(num_workers, usable_cores())
-    order = OwnGroups(images.rows, batch_size, accelerator.num_processes, num_workers) if streaming else None
-    loader = DataLoader(images, sampler=order, batch_size=batch_size, num_workers=num_workers)
-    model, loader = accelerator.prepare(model, loader)
+    loader = make_loader(accelerator, images, batch_size, num_workers)
+    model = accelerator.prepare(model)
     normalize = Normalize(data_config['mean'], data_config['std']).to(accelerator.device)
     metrics = score(accelerator, model, loader, normalize, len(images))
     if accelerator.is_main_process:
@@ -95,6 +84,44 @@ def main(
         print(f'device: {accelerator.num_processes} x {device_name(accelerator.device)}')
         print(f'precision: {precision}')
     accelerator.end_training()
+
+
+def open_scored(
+        accelerator: Accelerator,
+        checkpoint: str,
+        dataset: str,
+        dataset_config: str | None = None,
+        split: str | None = None,
+        validation_share: float | None = None,
+        seed: int | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        streaming: bool = False,
+) -> tuple[nn.Module, LabelledImages]:
+    """The network of a checkpoint, and the images to score it on, prepared for it and with its classes."""
+    if validation_share:
+        split, seed = find_hold_out(checkpoint, validation_share, split, seed)
+    with accelerator.local_main_process_first():  # downloads once on every machine
+        model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint')
+        splits = open_dataset(dataset, dataset_config, streaming)
+    split, parts = choose_parts(splits, dataset, split, VALIDATION_SPLITS)
+    images = (StreamedImages if streaming else LabelledImages)(
+        take_parts(splits, parts), split, f'{dataset} split {split!r}',
+        eval_transform(resolve_model_data_config(model)), image_column, label_column, seed or 0)
+    if validation_share:
+        _, images = images.hold_out(validation_share)
+    match_classes(images, model, f'checkpoint {checkpoint!r}', accelerator.print)
+    return model, images
+
+
+def make_loader(
+        accelerator: Accelerator, images: LabelledImages, batch_size: int, num_workers: int) -> DataLoader:
+    """Batches of them, prepared by the accelerator."""
+    num_workers = min(num_workers, usable_cores())
+    order = None
+    if isinstance(images, StreamedImages):
+        order = OwnGroups(images.rows, batch_size, accelerator.num_processes, num_workers)
+    return accelerator.prepare(DataLoader(images, sampler=order, batch_size=batch_size, num_workers=num_workers))
 
 
 def find_hold_out(checkpoint: str, share: float, split: str | None, seed: int | None) -> tuple[str, int]:

@@ -10,7 +10,7 @@ that can't be read is left out with a warning, and the exit code is then 1.
 """
 import sys
 
-from _arguments import parse_predict
+from _arguments_checkpoint import parse_predict
 
 if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_predict(sys.argv[1:], __doc__)

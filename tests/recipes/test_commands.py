@@ -23,6 +23,7 @@ except SystemExit as error:
 """
 COMMANDS = dict(
     train=['digits', '--learning-rate', '1'], evaluate=['runs/digits', '--data-set', 'digits'],
+    inspect_attention=['runs/digits', '--data-set', 'digits'],
     predict=['runs/digits', 'image.png', '--topp', '1'], compare=['digits', '--learning-rate', '1'],
     publish=['--run', 'runs/digits', '--repository', 'acme/digits'], transfer=['--seed-count', '1'],
     _timing=['digits', '--models', 'resnet18', '--learning-rate', '1'], _report=['--folder', 'runs'],

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import _arguments
+import _arguments_checkpoint
 import _arms
 import _federation
 import _scratch_arms
@@ -129,7 +130,8 @@ def test_other_recipes_of_the_field_can_be_said():
 
 def test_the_commands_of_the_pages_are_understood():
     text = ''.join(page.read_text(encoding='utf-8') for page in PAGES).replace('\\\n', ' ')
-    parsers = {**vars(_arguments), **vars(_arms), **vars(_federation), **vars(_scratch_arms)}
+    parsers = {
+        **vars(_arguments), **vars(_arguments_checkpoint), **vars(_arms), **vars(_federation), **vars(_scratch_arms)}
     commands = re.findall(r'(?:python|launch.*?) recipes/(\w+)\.py\b([^#`"\n]*)', text)
     for script, arguments in commands:
         if '--help' not in arguments:
