@@ -95,8 +95,8 @@ def say(record: dict[str, Any]) -> str:
     top1 = record['top1']
     return '\n'.join([
         f'top-1 of {record["images"]} images, {record["dataset"]} {record["split"]}: {top1:.2f} %',
-        *(f'with the mean {what} of these images: {record[name]:.2f} % ({record[name] - top1:+.2f} points)'
-          for what, name in (('kernel_attn', 'top1_of_mean_kernels'), ('of all its attention', 'top1_of_mean')))])
+        *(f'with their mean {what}: {record[name]:.2f} % ({record[name] - top1:+.2f} points)'
+          for what, name in (('kernel_attn', 'top1_of_mean_kernels'), ('attention', 'top1_of_mean')))])
 
 
 def as_text(rows: list[list[str]]) -> str:
