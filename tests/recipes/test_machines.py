@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import _accelerator
-import _arguments
 import _interruptions
 import _measure
 import bench
@@ -176,7 +175,7 @@ def test_what_runs_without_accelerate_takes_the_accelerator_that_there_is(tmp_pa
     monkeypatch.setattr(predict.Metadata, 'of', lambda *_: None)
     monkeypatch.setattr(bench, 'bench_networks', lambda models, device, rounds: Network().to(device))
     for command, arguments in (predict, ['run', 'images']), (bench, ['--models', 'resnet18']):
-        parse = getattr(_arguments, f'parse_{command.__name__}')
+        parse = getattr(command, f'parse_{command.__name__}')
         with pytest.raises(SystemExit):
             command.main(**vars(parse(arguments)))
     assert sent == [mps, mps]
