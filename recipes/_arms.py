@@ -108,9 +108,11 @@ def parse_laboratory(argv: list[str], description: str | None = None) -> argpars
     parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each, with seeds 0 to N - 1 (3)')
     parser.add_argument(
         '--output', type=path, default=Path('runs/laboratory'), help='folder of features and runs (runs/laboratory)')
-    parser.add_argument('--table', action='store_true', help='print the tables of the documentation')
     args = parser.parse_args(argv)
     for option in 'images', 'epochs', 'seeds':
         if getattr(args, option) < 1:
             raise SystemExit(f'--{option} must be at least 1, got {getattr(args, option)}')
+    if all(ARMS[arm].method for arm in args.arms):
+        raise SystemExit(
+            f'--arms must have a static one, which the others are compared with, got {" ".join(args.arms)}')
     return args

@@ -1,11 +1,10 @@
-"""The table of recipes/results/README.md that is made from the runs of recipes/laboratory.py."""
+"""The table of the runs of recipes/laboratory.py."""
 import json
 import statistics
 from pathlib import Path
 
-from _arms import ARMS
-
-RESULTS = Path(__file__).parent / 'results' / 'laboratory'
+from _arms import ARMS, Arm
+from _paired import paired_difference, with_error
 
 
 def read_runs(path: Path) -> list[dict]:
@@ -39,14 +38,11 @@ def make_table(path: Path) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def row(arm: str, values, runs: dict[int, dict], best: dict[int, dict]) -> list[str]:
-    differences = [runs[seed]['top1'] - best[seed]['top1'] for seed in runs if seed in best]
-    error = statistics.stdev(differences) / len(differences)**0.5 if len(differences) > 1 else None
-    against = f'{statistics.mean(differences):+.2f}' + (f' ± {error:.2f}' if error is not None else '')
+def row(arm: str, values: Arm, runs: dict[int, dict], best: dict[int, dict]) -> list[str]:
     costs = [run['top1'] - run['top1_of_mean'] for run in runs.values() if 'top1_of_mean' in run]
     return [
         f'`{arm}`', values.about, f'{values.lr:g}', f'{mean(runs, "top1"):.2f}',
-        '' if runs is best else against,
+        '' if runs is best else with_error(*paired_difference(runs, best), '+'),
         *(f'{mean(runs, number):.2f}' if number in next(iter(runs.values())) else ''
           for number in ('kernel_entropy', 'gate_std')),
         f'{statistics.mean(costs):+.2f}' if costs else '',

@@ -34,10 +34,10 @@ ARMS = {
 
 
 def parse_scratch(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    """preset, recipe, network, arms, seeds, output and table."""
+    """preset, recipe, network, arms, seeds and output."""
     parser = make_parser(
         description, usage='scratch.py [preset] [--network NAME] [--arms ARM ...] [--seeds N] [--output FOLDER] '
-        '[--table] [--option of train.py ...]')
+        '[--option of train.py ...]')
     parser.add_argument(
         '--network', default='resnet20_cifar', choices=('resnet18_cifar', 'resnet20_cifar', 'resnet50_cifar'),
         help='the static one (resnet20_cifar)')
@@ -45,11 +45,12 @@ def parse_scratch(argv: list[str], description: str | None = None) -> argparse.N
         '--arms', nargs='+', choices=ARMS, metavar='ARM', default=list(ARMS), help=f'all unless said: {" ".join(ARMS)}')
     parser.add_argument('--seeds', type=int, default=3, metavar='N', help='runs of each, with seeds 0 to N - 1 (3)')
     parser.add_argument('--output', type=path, default=Path('runs/scratch'), help='for the runs (runs/scratch)')
-    parser.add_argument('--table', action='store_true', help='print the table of the documentation')
     args, shared = parser.parse_known_args(argv)
     run = parse_recipe(shared)
     if args.seeds < 1:
         parser.error(f'--seeds must be at least 1, got {args.seeds}')
+    if 'static' not in args.arms:
+        parser.error(f'--arms must have static, which the others are compared with, got {" ".join(args.arms)}')
     if run.recipe.init or run.recipe.seed or run.resume:
         parser.error('--init, --seed and --resume are those of each run: leave them out')
     args.preset, args.recipe = run.preset, run.recipe

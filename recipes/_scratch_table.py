@@ -3,11 +3,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from _paired import mean_and_error, paired_difference, with_error
 from _record import read_json
 from _scratch_arms import ARMS
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / 'results' / 'scratch'
 COLUMNS = (
     'arm', '', 'parameters, M', 'GMACs', 'epochs', 'top-1, %', 'against static, points', 'time of an epoch',
     'kernel entropy', 'gates, deviation', 'kernels, distance')
@@ -32,7 +32,7 @@ def time_of(timing: dict[str, Any], model: str) -> float:
 def make_table(folder: Path) -> str:
     """Every arm, in Markdown, against the static network with the same recipe.
 
-    A difference is the mean over the seeds of both, with its standard error; it is paired by seed.
+    Top-1 and the difference are means over the seeds, with their standard errors; the difference is paired by seed.
     """
     records, timing = read_records(folder), read_json(folder / 'timing.json')
     static = records['static']
@@ -48,14 +48,12 @@ def make_table(folder: Path) -> str:
 
 def row(arm: str, records: dict[int, dict], static: dict[int, dict], timing: dict[str, Any]) -> str:
     one = next(iter(records.values()))
-    top1 = [record['top1'] for record in records.values()]
-    differences = [record['top1'] - static[seed]['top1'] for seed, record in records.items() if seed in static]
     dynamics = (
         [record[name] for record in records.values()] for name in ('kernel_entropy', 'gate_std', 'kernel_distance'))
     cells = [
         f'`{arm}`', ARMS[arm].about, f'{one["parameters"] / 1e6:.2f}', f'{one["gmacs"]:.4f}', str(one['epochs']),
-        with_error(top1, statistics.stdev(top1) if len(top1) > 1 else None, ''),
-        '' if records is static else with_error(differences, standard_error(differences), '+'),
+        with_error(*mean_and_error([record['top1'] for record in records.values()])),
+        '' if records is static else with_error(*paired_difference(records, static), '+'),
         f'{time_of(timing, one["model"]):.2f}' if is_timed(arm) else '',
         *('' if None in values else f'{statistics.mean(values):.2f}' for values in dynamics),
     ]
@@ -65,14 +63,6 @@ def row(arm: str, records: dict[int, dict], static: dict[int, dict], timing: dic
 def is_timed(arm: str) -> bool:
     """Whether its network is among the models of timing.json, which have no arguments of their own."""
     return 'model_kwargs' not in ARMS[arm].changes
-
-
-def standard_error(values: list[float]) -> float | None:
-    return statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else None
-
-
-def with_error(values: list[float], error: float | None, sign: str) -> str:
-    return f'{statistics.mean(values):{sign}.2f}' + ('' if error is None else f' ± {error:.2f}')
 
 
 def draw(folder: Path) -> Figure:

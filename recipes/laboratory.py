@@ -4,8 +4,8 @@ Many small fine-tunes of one trained network. The images' features in front of i
 arm (`_arms.py`) then trains the last stage, static or inflated, and the classifier, as the preset `finetune` does, on
 the same images in the same number of steps, and is scored on images that no arm has seen.
 
-Writes a line for each run into <output>/<dataset>_<images>_x_<epochs>.jsonl; runs that are there are not run again.
-`--table` prints the tables of recipes/results/README.md, of the files in recipes/results/laboratory, and runs nothing.
+Writes a line for each run into <output>/<dataset>_<images>_x_<epochs>.jsonl, and prints their table. Runs that are
+there are not run again.
 """
 import sys
 
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from _accelerator import make_accelerator
 from _data import open_images
 from _dynamics import averaged, entropy, summarized, watched
-from _lab_table import RESULTS, make_table, read_runs
+from _lab_table import make_table, read_runs
 from _loaders import Normalize, eval_transform
 from _presets import PRESETS
 from _recipe import Recipe
@@ -265,10 +265,8 @@ def main(
                 file.write(json.dumps(line, allow_nan=False) + '\n')
             print(f'{arm}, seed {seed}: ' + ', '.join(
                 f'{key} {value:.4g}' for key, value in result.items() if isinstance(value, float)), flush=True)
+    print(make_table(path))
 
 
 if __name__ == '__main__':
-    if vars(arguments).pop('table'):
-        print('\n'.join(make_table(path) for path in sorted(RESULTS.glob('*.jsonl'))))
-    else:
-        main(**vars(arguments))
+    main(**vars(arguments))

@@ -5,8 +5,8 @@ Trains a static network for small images and its dynamic twins, by the very same
 The static one is also trained for as long as FMDConv takes, in more epochs. Other arms are FMDConv with one kernel and
 with other temperatures (`_scratch_arms.py`). First recipes/_timing.py times the networks in turn.
 
-Leaves timing.json, the runs, <arm>/seed_<n>/, and a picture. The same command goes on where it was stopped. `--table`
-prints the table of recipes/results/README.md, of the records in recipes/results/scratch, and runs nothing.
+Leaves timing.json, the runs, <arm>/seed_<n>/, and a picture, and prints their table. The same command goes on where it
+was stopped.
 """
 import sys
 
@@ -23,7 +23,7 @@ import _timing
 from _recipe import Recipe
 from _record import read_json
 from _runs import run
-from _scratch_table import RESULTS, draw, make_table, time_of
+from _scratch_table import draw, make_table, time_of
 from _start import new_network
 from accelerate.utils import set_seed
 
@@ -66,7 +66,4 @@ def main(preset: str, recipe: Recipe, network: str, arms: list[str], seeds: int,
 
 
 if __name__ == '__main__':
-    if vars(arguments).pop('table'):
-        print(make_table(RESULTS))
-    else:
-        main(**vars(arguments))
+    main(**vars(arguments))

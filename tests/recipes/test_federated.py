@@ -18,21 +18,21 @@ from torch import nn
 
 pytest.importorskip('flwr', reason="federated.py needs Flower: pip install -e '.[federated]'")
 
-import _exchange  # noqa: E402
-import _federated_client  # noqa: E402
-import _federated_report  # noqa: E402
-import _federated_server  # noqa: E402
-import _rounds  # noqa: E402
-import _training  # noqa: E402
-import federated  # noqa: E402
-from _federation import Federation, parse_federated  # noqa: E402
-from _partition import dirichlet_partition  # noqa: E402
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict  # noqa: E402
-from flwr.cli.build import build_fab_from_disk  # noqa: E402
-from flwr.serverapp import Grid  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from tiny import make_recipe, run  # noqa: E402
+import _exchange
+import _federated_client
+import _federated_report
+import _federated_server
+import _rounds
+import _training
+import federated
+from _federation import Federation, parse_federated
+from _partition import dirichlet_partition
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.torch import load_file
+from tiny import make_recipe, run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures('fresh_accelerator')
@@ -370,7 +370,8 @@ def test_kernels_in_half_precision_are_half_of_their_bytes_and_float32_on_the_se
     assert record['bytes_up'] == record['bytes_down']
     in_half = sum(network.get_parameter(name).numel() for name in kernels)
     full = sum(value.numel() for value in _exchange.shared_state(network, False).values())
-    assert record['bytes_down'] / 2 == pytest.approx(4 * full - 2 * in_half, rel=0.1)
+    headers = record['bytes_down'] / 2 - (4 * full - 2 * in_half)
+    assert 0 < headers <= 160 * len(clients.sent[0])  # those of numpy's format, and names
     saved = weights(tmp_path)
     assert saved['layer1.0.conv1.weight'].dtype == torch.float32
     assert not torch.equal(saved['layer1.0.conv1.weight'], saved['layer1.0.conv1.weight'].half().float())  # an average

@@ -55,7 +55,7 @@ def test_a_difference_is_paired_by_seed():
     fmd = {seed: dict(record, top1=71.0 + seed + extra) for seed, extra in enumerate((0, 1, 2))}
     timing = dict(models=['a', 'b'], epoch_seconds=dict(a=[1.0, 2.0], b=[2.0, 4.0]))
     cells = row('fmd', fmd, static, timing).split(' | ')
-    assert cells[5:] == ['73.00 ± 2.00', '+2.00 ± 0.58', '2.00', '0.50', '', '1.00 |']
+    assert cells[5:] == ['73.00 ± 1.15', '+2.00 ± 0.58', '2.00', '0.50', '', '1.00 |']
     assert row('static', static, static, timing).split(' | ')[6] == ''
 
 
@@ -65,7 +65,8 @@ def test_each_arm_has_a_network_that_is_registered():
 
 
 @pytest.mark.parametrize('argv', [
-    ['--seeds', '0'], ['cifar10', '--init', 'runs/a'], ['--seed', '1'], ['--network', 'x']])
+    ['--seeds', '0'], ['cifar10', '--init', 'runs/a'], ['--seed', '1'], ['--network', 'x'],
+    ['--arms', 'fmd']])
 def test_what_can_not_be_is_refused(argv, capsys):
     with pytest.raises(SystemExit):
         parse_scratch(argv)
