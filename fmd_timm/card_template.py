@@ -1,5 +1,22 @@
-"""The text of a model card; `model_card.py` fills it in from a run record."""
+"""The text of a model card, and how numbers stand in it; `model_card.py` fills it in from a run record.
+
+Its sections and their order are those of timm's cards on the Hub, as timm's `generate_readme` writes them.
+"""
+import math
 from string import Template
+
+
+def number(value: float | None, unit: str = '') -> str:
+    """Four significant digits or all before the point: 12,346 or 0.01235."""
+    if value is None:
+        return '-'
+    digits = 0 if isinstance(value, int) else 3 - math.floor(math.log10(abs(value) or 1.))
+    return f'{value:,.{max(digits, 0)}f} {unit}'.rstrip()
+
+
+def percent(share: float | None) -> str:
+    return '-' if share is None else f'{100 * share:.1f} %'
+
 
 TABLE = Template('''\
 | | |
@@ -32,31 +49,31 @@ DYNAMICS = {
     'kernel_distance': 'Distance of a kernel from the mean of the kernels, relative to its norm',
 }
 
-CARD = Template('''
-# $name
-
+DESCRIPTION = Template('''\
 `$model`, an image classifier with $convolutions, trained on `$dataset`.
 It is a model for [timm](https://github.com/huggingface/pytorch-image-models): the package
 [fmd-timm](https://pypi.org/project/fmd-timm/) registers its architecture there.
 
 $table
+''')
 
-## Usage
-
+USAGE = Template('''\
 ```bash
 pip install fmd-timm
 ```
 
+### Image Classification
 ```python
 import fmd_timm  # registers the architecture with timm
 import timm
 import torch
 from PIL import Image
 
+image = Image.new('$mode', ($width, $height))  # yours: Image.open('image.png').convert('$mode')
+
 model = timm.create_model('hf-hub:$repo', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 
-image = Image.new('$mode', ($width, $height))  # yours: Image.open('image.png').convert('$mode')
 with torch.no_grad():
     probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
 labels = model.pretrained_cfg.get('label_names') or range(model.num_classes)
@@ -64,19 +81,51 @@ for probability, index in zip(*probabilities.topk($topk)):
     print(f'{labels[index]}: {probability:.1%}')
 ```
 
-The same network in transformers, which also needs `import fmd_timm` first:
+### Feature Map Extraction
+```python
+backbone = timm.create_model('hf-hub:$repo', pretrained=True, features_only=True).eval()
+with torch.no_grad():
+    feature_maps = backbone(transform(image).unsqueeze(0))  # a list, the largest map first
+for feature_map in feature_maps:
+    print(feature_map.shape)
+```
 
+### Image Embeddings
+```python
+embedder = timm.create_model('hf-hub:$repo', pretrained=True, num_classes=0).eval()  # no classifier
+with torch.no_grad():
+    embedding = embedder(transform(image).unsqueeze(0))  # (1, features)
+```
+
+### Image Classification with transformers
 ```python
 from transformers import AutoModelForImageClassification
 
-model = AutoModelForImageClassification.from_pretrained('$repo').eval()
+wrapped = AutoModelForImageClassification.from_pretrained('$repo').eval()  # after import fmd_timm, too
 with torch.no_grad():
-    logits = model(transform(image).unsqueeze(0)).logits
+    logits = wrapped(transform(image).unsqueeze(0)).logits
 ```
+''')
+
+COMPARISON = Template('''\
+With its static twin, trained by the same recipe with the same seed on the same hardware. `top1` and `top5` are in
+percent, `img_size` in pixels, `param_count` and `macts` (activations) in millions, `samples_per_sec` of inference in
+batches of `batch_size`, `epoch` is the median of a training epoch in seconds.
+
+$table
+
+One run of each: the spread over seeds is not known from them.
+''')
+
+REST = Template('''\
 
 $exported## Training
 
+The recipes are in the source distribution of fmd-timm:
+
 ```bash
+pip download --no-deps --no-binary fmd-timm '$package' && tar xf fmd_timm-*.tar.gz && cd fmd_timm-*/
+pip install '.[recipes]'
 $command
 ```
 
@@ -105,10 +154,11 @@ $differences## Limits
   and RCS of training are reciprocals of each other and don't count the epochs.
 - Accuracy was measured on `$dataset` only.
 $legs
-## Licence and citation
+## Licence
 
 $licence
 
+## Citation
 ```bibtex
 $article@misc{rw2019timm,
   title = {{PyTorch} Image Models},
@@ -120,59 +170,6 @@ $article@misc{rw2019timm,
 }
 ```
 ''')
-
-EXPORTED = Template('''\
-## Exported
-
-The same network in files for other runtimes, which need neither PyTorch nor fmd-timm. Images go in as float32 (batch,
-channels, height, width), normalised, and logits come out. A difference is that to PyTorch, relative to the largest
-logit. The record of a file, `<file>.json`, has the versions and the command.
-
-$table
-
-$usage
-''')
-
-EXPORTED_USAGE = Template('''\
-With $runtime, and timm for the preprocessing:
-
-```python
-import json
-
-import $runtime
-from huggingface_hub import hf_hub_download
-from PIL import Image
-from timm.data import create_transform
-
-$load
-names = about.pop('label_names')
-transform = create_transform(**about)
-
-image = Image.new('RGB', ($width, $height))  # yours: Image.open('image.png').convert('RGB')
-images = transform(image).unsqueeze(0)
-print(names[$logits[0].argmax()])
-```
-''')
-
-# Of each format of recipes/export.py: the runtime, how it loads the file and what is said there about images and
-# classes, and the logits.
-RUNTIMES = dict(
-    onnx=('onnxruntime', '''\
-session = onnxruntime.InferenceSession(hf_hub_download('$repo', 'model.onnx'))
-about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}''',
-          "session.run(None, {'pixel_values': images.numpy()})[0]"),
-    openvino=('openvino', '''\
-hf_hub_download('$repo', 'model.bin')  # stands beside the other
-network = openvino.Core().read_model(hf_hub_download('$repo', 'model.xml'))
-about = {name: json.loads(text) for name, text in network.get_rt_info('model_info').value.items()}
-compiled = openvino.compile_model(network, 'CPU')''',
-              'compiled(images.numpy())[0]'),
-    executorch=('executorch.runtime', '''\
-program = executorch.runtime.Runtime.get().load_program(hf_hub_download('$repo', 'model.pte'))
-texts = {name: program.load_method(name).execute([])[0] for name in program.method_names - {'forward'}}
-about = {name: json.loads(text) for name, text in texts.items()}''',
-                "program.load_method('forward').execute([images])[0]"),
-)
 
 ARTICLE = '''\
 @article{zhang2025fmdconv,

@@ -1,22 +1,23 @@
-"""A run record (`result.json`, which training writes) -> the README.md of a Hub repository.
+"""A run record (`result.json`, which training writes) -> the README.md of a Hub repository, and `.eval_results`.
 
 Every number of a card comes from the record, so a card can't state what nobody measured.
 """
 import json
-import math
-from string import Template
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump
+from timm.models._hub import generate_readme
 
-from .card_template import ARTICLE, CARD, DYNAMICS, EXPORTED, EXPORTED_USAGE, RUNTIMES, TABLE
-from .layers import METHODS
+from .card_details import ARXIV, comparison, details
+from .card_exported import exported_section
+from .card_template import ARTICLE, DESCRIPTION, DYNAMICS, REST, TABLE, USAGE, number, percent
 
-__all__ = ['as_text', 'make_card', 'results_table']
+__all__ = ['as_text', 'check_complete', 'make_card', 'make_eval_results', 'results_table']
 
 REQUIRED = (
     'model', 'model_args', 'command', 'dataset', 'train_split', 'train_images', 'validation_split',
-    'validation_images', 'num_classes', 'top1', 'top5', 'loss', 'epochs', 'infer_batch', 'parameters', 'gmacs',
+    'validation_images', 'num_classes', 'top1', 'top5', 'loss', 'epochs', 'infer_batch', 'parameters', 'gmacs', 'macts',
     'device', 'device_count', 'precision', 'input_size', 'global_batch', 'seed', 'versions', 'finished',
     'unread_images',
 )
@@ -29,19 +30,17 @@ MAY_BE_NONE = (
     *DYNAMICS,
 )
 
-ARXIV = {layer.method: layer.arxiv for layer in METHODS.values()}
 
+def check_complete(record: dict[str, Any]) -> None:
+    """Refuse a record of which no card can be made.
 
-def _number(value: float | None, unit: str = '') -> str:
-    """Four significant digits or all before the point: 12,346 or 0.01235."""
-    if value is None:
-        return '-'
-    digits = 0 if isinstance(value, int) else 3 - math.floor(math.log10(abs(value) or 1.))
-    return f'{value:,.{max(digits, 0)}f} {unit}'.rstrip()
-
-
-def _percent(share: float | None) -> str:
-    return '-' if share is None else f'{100 * share:.1f} %'
+    Raises:
+        ValueError: Fields are missing, or None where a value is needed; names them all.
+    """
+    missing = [name for name in REQUIRED if record.get(name) is None]
+    missing += [name for name in MAY_BE_NONE if name not in record]
+    if missing:
+        raise ValueError(f'the run record has no {", ".join(missing)}')
 
 
 def results_table(record: dict[str, Any]) -> str:
@@ -55,18 +54,18 @@ def results_table(record: dict[str, Any]) -> str:
         top1=f'{record["top1"]:.2f}',
         top5=f'{record["top5"]:.2f}',
         loss=f'{record["loss"]:.4f}',
-        validation_images=_number(record['validation_images']),
-        median_epoch_seconds=_number(record['median_epoch_seconds'], 's'),
-        data_wait_share=_percent(record['data_wait_share']),
-        ies=_number(record['ies'], 's'),
-        rcs=_number(record['rcs'], '1/s'),
-        ies_infer=_number(record['ies_infer'], 'ms'),
-        rcs_infer=_number(record['rcs_infer'], '1/s'),
-        train_images_per_second=_number(record['train_images_per_second'], 'images/s'),
-        infer_images_per_second=_number(record['infer_images_per_second'], 'images/s'),
-        peak_memory_mib=_number(record['peak_memory_mib'], 'MiB'),
-        parameters=_number(record['parameters']),
-        gmacs=_number(record['gmacs']),
+        validation_images=number(record['validation_images']),
+        median_epoch_seconds=number(record['median_epoch_seconds'], 's'),
+        data_wait_share=percent(record['data_wait_share']),
+        ies=number(record['ies'], 's'),
+        rcs=number(record['rcs'], '1/s'),
+        ies_infer=number(record['ies_infer'], 'ms'),
+        rcs_infer=number(record['rcs_infer'], '1/s'),
+        train_images_per_second=number(record['train_images_per_second'], 'images/s'),
+        infer_images_per_second=number(record['infer_images_per_second'], 'images/s'),
+        peak_memory_mib=number(record['peak_memory_mib'], 'MiB'),
+        parameters=number(record['parameters']),
+        gmacs=number(record['gmacs']),
         dynamics=''.join(
             f'| {label} | {record[name]:.3f} |\n' for name, label in DYNAMICS.items() if record[name] is not None),
         input_size=' x '.join(map(str, record['input_size'])),
@@ -105,7 +104,7 @@ def _teacher(teacher: dict[str, Any] | None) -> str:
 
 def _unread(images: dict[str, int | None]) -> str:
     """How many of each split; None where nobody looked, as in large ones."""
-    return ', '.join(f'{_number(count)} of {part}' for part, count in images.items())
+    return ', '.join(f'{number(count)} of {part}' for part, count in images.items())
 
 
 def _licence(licence: str, init: dict[str, Any] | None) -> str:
@@ -155,63 +154,22 @@ def _legs(record: dict[str, Any]) -> str:
     return f'- The run was continued on other hardware: {parts}. Times and scores of training {times}.\n'
 
 
-def _exported(records: list[dict[str, Any]], repo: str, height: int, width: int) -> str:
-    """The section on files for other runtimes, from the records of recipes/export.py.
-
-    Raises:
-        ValueError: A record has no such field; names it.
-    """
-    if not records:
-        return ''
-    rows = {
-        'Runtime': lambda r: f'{(name := RUNTIMES[r["format"]][0].partition(".")[0])} {r["versions"][name]}',
-        'Size': lambda r: f'{sum(file["bytes"] for file in r["files"].values()) / 1e6:.1f} MB',
-        'Weights': lambda r: r['weights'],
-        'Images at a time': lambda r: 'any number' if (most := r['largest_batch']) is None else (
-            '1' if most == 1 else f'{most} at most'),
-        'Largest difference': lambda r: f'{r["largest_relative_difference"]:.1e}',
-        'Same best class': lambda r: f'{_number(r["top1_agreement"])} of {_number(r["images"])} images',
-        'Compared on': lambda r: f'`{r["compared_on"]}`',
-        'Top-1 accuracy, and in PyTorch': lambda r: ', '.join(
-            '-' if r[name] is None else f'{r[name]:.2f} %' for name in ('top1', 'pytorch_top1')),
-        'Latency at batch 1': lambda r: _number(r['infer_ms_per_image'], 'ms'),
-        'Hardware': lambda r: r['device'],
-    }
-    try:
-        lines = [
-            f'| | {" | ".join(", ".join(f"`{file}`" for file in sorted(r["files"])) for r in records)} |',
-            f'|---{len(records) * "|---"}|',
-            *(f'| {label} | {" | ".join(cell(r) for r in records)} |' for label, cell in rows.items())]
-    except KeyError as error:
-        raise ValueError(f'the record of an exported file has no {error}') from error
-    usages = []
-    for record in records:
-        runtime, load, logits = RUNTIMES[record['format']]
-        usages.append(EXPORTED_USAGE.substitute(
-            runtime=runtime, load=Template(load).substitute(repo=repo), logits=logits, height=height, width=width))
-    return EXPORTED.substitute(table='\n'.join(lines), usage='\n'.join(usages))
-
-
 def make_card(record: dict[str, Any], repo: str) -> ModelCard:
     """The model card of a training run.
 
     Args:
         record: What training wrote to `result.json`, see `REQUIRED` and `MAY_BE_NONE`. `exported`, if it is there, are
-            records of recipes/export.py, of files that are published with the weights. Other entries are not used.
+            records of recipes/export.py, of files that are published with the weights; `twin` is what
+            `card_details.TWIN` names of that of the static network. Other entries are not used.
         repo: Hub repository 'owner/name' that the card is for.
 
     Raises:
-        ValueError: Fields are missing from the record, or None where a value is needed; names them all.
+        ValueError: The record is not complete, see `check_complete`, or that of an exported file is not.
     """
-    missing = [name for name in REQUIRED if record.get(name) is None]
-    missing += [name for name in MAY_BE_NONE if name not in record]
-    if missing:
-        raise ValueError(f'the run record of {repo} has no {", ".join(missing)}')
-
-    name, dataset, init = repo.rpartition('/')[2], record['dataset'], record['init']
-    dataset_type = record.get('dataset_type') or dataset  # None but of a folder
+    check_complete(record)
+    dataset, dataset_type, init = record['dataset'], _dataset_type(record), record['init']
     licence = (init['license'] or 'unknown') if init else 'apache-2.0'
-    method = record['method']
+    method, version = record['method'], record['versions'].get('fmd-timm')
     channels, height, width = record['input_size']
     results = [
         EvalResult(
@@ -222,37 +180,42 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
             dataset_split=record['validation_split'],
             metric_type='accuracy',
             metric_name=metric,
-            metric_value=round(percent / 100, 6),
+            metric_value=round(top / 100, 6),
         )
-        for metric, percent in (('top-1', record['top1']), ('top-5', record['top5']))
+        for metric, top in (('top-1', record['top1']), ('top-5', record['top5']))
     ]
+    name = repo.rpartition('/')[2]
     data = ModelCardData(
         library_name='timm',
         license=licence,
         pipeline_tag='image-classification',
-        tags=['timm', 'fmd_timm', *([method.lower(), 'dynamic-convolution'] if method else [])],
+        tags=[
+            'image-classification', 'timm', 'transformers', 'fmd_timm',
+            *([method.lower(), 'dynamic-convolution'] if method else [])],
         datasets=[dataset_type] if '/' in dataset_type else None,
         base_model=init['repo'] if init else None,
         metrics=['accuracy'],
         model_name=name,
         eval_results=results,
     )
-    text = CARD.substitute(
+    sections = dict(
+        description=DESCRIPTION.substitute(
+            record, convolutions=_convolutions(method), table=results_table(record)).rstrip(),
+        details=details(record),
+        usage=USAGE.substitute(
+            repo=repo, mode='L' if channels == 1 else 'RGB', width=width, height=height,
+            topk=min(5, record['num_classes'])).rstrip())
+    if record.get('twin'):
+        sections['comparison'] = comparison(record)
+    rest = REST.substitute(
         record,
-        table=results_table(record),
-        repo=repo,
-        name=name,
-        train_images=_number(record['train_images']),
-        validation_images=_number(record['validation_images']),
-        mode='L' if channels == 1 else 'RGB',
-        width=width,
-        height=height,
-        topk=min(5, record['num_classes']),
+        package=f'fmd-timm=={version}' if version else 'fmd-timm',
+        train_images=number(record['train_images']),
+        validation_images=number(record['validation_images']),
         model_args=f'`{json.dumps(record["model_args"])}`' if record['model_args'] else 'default arguments',
-        convolutions=_convolutions(method),
         differences=_differences(record),
         legs=_legs(record),
-        exported=_exported(record.get('exported', []), repo, height, width),
+        exported=exported_section(record.get('exported', []), repo, height, width),
         article=ARTICLE if method == 'FMDConv' else '',
         init=_origin(init),
         teacher=_teacher(record['teacher']),
@@ -262,4 +225,35 @@ def make_card(record: dict[str, Any], repo: str) -> ModelCard:
         versions=', '.join(f'{package} {version}' for package, version in record['versions'].items()),
         git_commit=f'commit `{record["git_commit"]}`' if record['git_commit'] else '-',
     )
-    return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}')
+    _, _, text = generate_readme(sections, name).partition('\n---\n')  # whose header has no model-index
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}{rest}')
+
+
+def make_eval_results(record: dict[str, Any], repo: str) -> str | None:
+    """The run's top-1 in percent as a file of `.eval_results`, by which the Hub fills the leaderboards of datasets.
+
+    Args:
+        record: Of which `make_card` makes a card.
+        repo: Of the card; its `result.json` is named as the source.
+
+    Returns:
+        None where the dataset is not one of the Hub.
+    """
+    dataset = _dataset_type(record)
+    if '/' not in dataset:
+        return None
+    entry = EvalResultEntry(
+        dataset_id=dataset,
+        task_id=record.get('dataset_config') or 'default',
+        value=round(record['top1'], 4),
+        date=record['finished'],
+        source_url=f'https://huggingface.co/{repo}/blob/main/result.json',
+        source_name='Run record',
+        notes=f'top-1 accuracy in percent, split {record["validation_split"]}',
+    )
+    return yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+
+
+def _dataset_type(record: dict[str, Any]) -> str:
+    """An id on the Hub, which has a '/', or a word."""
+    return record.get('dataset_type') or record['dataset']  # None but of a folder

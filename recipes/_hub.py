@@ -1,23 +1,26 @@
 """A run's files on the Hugging Face Hub: who may write, what is there already, and pushing them in one commit."""
 import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from _arguments import PUBLISHED_FILES
 from _record import sha256
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.hf_api import ModelInfo, SpaceInfo
 
 from fmd_timm.hub_errors import explain
 from fmd_timm.models._pretrained import WEIGHTS_NAME
 
 CONFIG, RECORD, CARD = 'config.json', 'result.json', 'README.md'
 RUN_FILES = WEIGHTS_NAME, CONFIG, RECORD
+EVAL_RESULTS = '.eval_results'  # folder of what the Hub fills the leaderboards of datasets from
 # What recipes/export.py writes of a network, each with its record last
 EXPORTED = {format: (*names, f'{names[0]}.json') for format, names in PUBLISHED_FILES.items()}
+# What goes where it is not sent again: it may be of earlier weights, and the card says nothing of it.
+STALE = [*sum(EXPORTED.values(), ()), f'{EVAL_RESULTS}/*']
 OF_THE_HUB = '.gitattributes'  # in every repository from the first
 
 
@@ -54,7 +57,8 @@ def find_repository(
     if replace or not files:
         return there
     exported = [name for names in EXPORTED.values() if names[-1] in files for name in names]
-    others = sorted(files - {*RUN_FILES, CARD, *exported})
+    others = sorted(
+        file for file in files - {*RUN_FILES, CARD, *exported} if not file.startswith(f'{EVAL_RESULTS}/'))
     holds = f'holds {", ".join(others)}' if others else None
     if not others:
         theirs = _record_in(api, repo, there.sha) if RECORD in files else {}
@@ -81,65 +85,64 @@ def _record_in(api: HfApi, repo: str, commit: str) -> dict[str, Any]:
 
 
 def push(
-        api: HfApi, repo: str, private: bool, replace: bool, there: ModelInfo | None, run: Path, names: list[str],
-        card: ModelCard,
-) -> dict[str, str]:
-    """Upload, read back, compare. Returns the `hub` entry of a record in hub_cards/.
-
-    Exported files that are not sent go: they may be of earlier weights, and the card says nothing of them.
+        api: HfApi, repo: str, staged: Path, there: ModelInfo | SpaceInfo | None, private: bool, delete: Sequence[str],
+        kind: str = 'model',
+) -> str:
+    """Upload a folder in one commit, read it back, compare. Returns the commit.
 
     Args:
-        names: The files of the run to send.
-        there: What `find_repository` has found: a commit that somebody made since then is not built upon.
+        staged: The folder.
+        there: What was found: a commit that somebody made since then is not built upon.
+        private: Of a repository that is made.
+        delete: Patterns of files that go where they are not sent.
+        kind: 'model', or 'space' of Gradio.
 
     Raises:
         SystemExit: Says why it failed, and what the repository holds now.
     """
-    with TemporaryDirectory() as folder:
-        staged = Path(folder, 'staged')
-        staged.mkdir()
-        for name in names:
-            shutil.copyfile(run / name, staged / name)
-        card.save(staged / CARD)
+    made = False
+    try:
+        if there is None:
+            api.create_repo(
+                repo, private=private, repo_type=kind, **(dict(space_sdk='gradio') if kind == 'space' else {}))
+            made = True
+        commit = api.upload_folder(
+            repo_id=repo, repo_type=kind, folder_path=staged, commit_message='Publish with fmd_timm',
+            parent_commit=there and there.sha, delete_patterns=delete).oid
+    except (Exception, KeyboardInterrupt) as error:  # the client and its transport have no common class
+        left = _what_is_left(api, repo, there, made, kind)
+        raise SystemExit(f'publishing to {repo} failed: {explain(error)}. {left}') from error
 
-        made = False
-        try:
-            if there is None:
-                api.create_repo(repo, private=private)
-                made = True
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=staged, commit_message='Publish with fmd_timm',
-                parent_commit=there and there.sha, delete_patterns='*' if replace else sum(EXPORTED.values(), ())).oid
-        except (Exception, KeyboardInterrupt) as error:  # the client and its transport have no common class
-            left = _what_is_left(api, repo, there, made)
-            raise SystemExit(f'publishing to {repo} failed: {explain(error)}. {left}') from error
-
-        for path in staged.iterdir():
+    with TemporaryDirectory() as back:
+        for path in sorted(path for path in staged.rglob('*') if path.is_file()):
+            name = path.relative_to(staged).as_posix()
             try:
-                back = api.hf_hub_download(repo, path.name, revision=commit, cache_dir=Path(folder, 'back'))
+                found = api.hf_hub_download(repo, name, repo_type=kind, revision=commit, cache_dir=back)
             except Exception as error:
                 raise SystemExit(
-                    f'{repo} has the files as commit {commit}, but {path.name} could not be read back to compare it: '
+                    f'{repo} has the files as commit {commit}, but {name} could not be read back to compare it: '
                     f'{explain(error)}. The same command compares again'
                 ) from error
-            if sha256(back) != sha256(path):
-                raise SystemExit(f'{path.name} of {repo} at {commit} is not what was uploaded, publish again')
-        return {'repo': repo, 'commit': commit, 'sha256': sha256(staged / WEIGHTS_NAME)}
+            if sha256(found) != sha256(path):
+                raise SystemExit(f'{name} of {repo} at {commit} is not what was uploaded, publish again')
+    return commit
 
 
-def _what_is_left(api: HfApi, repo: str, before: ModelInfo | None, made: bool) -> str:
+def _what_is_left(
+        api: HfApi, repo: str, before: ModelInfo | SpaceInfo | None, made: bool, kind: str) -> str:
     """What the repository holds after an upload that failed; an empty one that was made for it is removed."""
+    url = f'{api.endpoint}/{"spaces/" if kind == "space" else ""}{repo}'
     try:
-        now = api.model_info(repo)
+        now = api.repo_info(repo, repo_type=kind)
         is_empty = {file.rfilename for file in now.siblings} <= {OF_THE_HUB}
         if before is not None and now.sha == before.sha:
             return 'The repository is as it was'
         if before is None and is_empty and made:
-            api.delete_repo(repo)
+            api.delete_repo(repo, repo_type=kind)
             return 'The repository that was made for it is removed again'
     except RepositoryNotFoundError:
         return 'There is no such repository'
     except Exception as error:
         asked = 'An empty repository may be left' if made else 'What it holds now is unknown'
-        return f'{asked} ({explain(error)}): look at {api.endpoint}/{repo}'
-    return f'It is at commit {now.sha} now: look at {api.endpoint}/{repo}'
+        return f'{asked} ({explain(error)}): look at {url}'
+    return f'It is at commit {now.sha} now: look at {url}'

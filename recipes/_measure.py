@@ -1,5 +1,6 @@
 """What the recipes report: accuracy over exactly the validation images, inference time, size and memory."""
 import copy
+import math
 import statistics
 import sys
 import time
@@ -12,7 +13,7 @@ from _interruptions import Interruptions
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 
@@ -105,12 +106,26 @@ def median_seconds(act: Callable[[], object], device: torch.device, repeats: int
 
 def count_gmacs(model: nn.Module, input_size: tuple[int, int, int]) -> float:
     """Multiply-accumulates of one image in billions: convolutions, matrix products, attention and mixing of kernels."""
+    return _count(model, input_size) / 2 / 1e9
+
+
+def count_macts(model: nn.Module, input_size: tuple[int, int, int]) -> float:
+    """Activations of one image in millions, as timm counts them: what the same convolutions and products put out."""
+    return _count(model, input_size, dict.fromkeys(flop_registry, _numbers_out)) / 1e6
+
+
+def _count(model: nn.Module, input_size: tuple[int, int, int], formulas: dict | None = None) -> int:
     model = copy.deepcopy(model).eval()  # the copy is not compiled
     # In memory: on the meta device PyTorch computes the size of every BatchNorm in Python, which takes longer.
     images = torch.zeros(1, *input_size, device=next(model.parameters()).device)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         model(images)
-    return counter.get_total_flops() / 2 / 1e9
+    return counter.get_total_flops()
+
+
+def _numbers_out(*args, out_shape: torch.Size | tuple, **kwargs) -> int:
+    first = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]  # of attention, beside what backward needs
+    return math.prod(first)
 
 
 def synchronize(device: torch.device) -> None:

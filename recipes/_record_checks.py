@@ -12,7 +12,7 @@ COUNTS = (
     'epochs', 'best_epoch', 'steps_per_epoch', 'train_images', 'validation_images', 'num_classes', 'parameters',
     'device_count', 'global_batch', 'infer_batch',
 )
-POSITIVE = 'gmacs', 'infer_ms_per_image', 'infer_images_per_second'
+POSITIVE = 'gmacs', 'macts', 'infer_ms_per_image', 'infer_images_per_second'
 POSITIVE_OR_NONE = (
     'median_epoch_seconds', 'ies', 'rcs', 'train_images_per_second', 'ies_infer', 'rcs_infer', 'peak_memory_mib')
 PERCENT = 'top1', 'top5', 'best_top1'

@@ -12,6 +12,9 @@ A repository that holds something else than an earlier run of this network on th
 With `--with onnx` the file that recipes/export.py wrote into the folder comes along with its record, and the card has
 a section on it. Exported files of an earlier publication go where they are not published again.
 
+With --twin the card compares the run with that of the static network by the same recipe and seed. The accuracy on a
+dataset of the Hub goes to `.eval_results`, too.
+
 With --tag the run is also recorded in hub_cards/, so that `timm.create_model('<architecture>.<tag>', pretrained=True)`
 loads this very commit. Publishing a tag again replaces its record.
 """
@@ -23,13 +26,15 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_publish(sys.argv[1:], __doc__)
 
 import re
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
 import torch.nn as nn
-from _hub import CARD, CONFIG, EXPORTED, RECORD, RUN_FILES, check_access, find_repository, push
+from _hub import CARD, CONFIG, EVAL_RESULTS, EXPORTED, RECORD, RUN_FILES, STALE, check_access, find_repository, push
 from _record import read_json, sha256, write_json, write_text
 from _record_checks import check_record
 from huggingface_hub import HfApi, ModelCard
@@ -38,8 +43,9 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import filter_pretrained_cfg
 
 import fmd_timm
+from fmd_timm.card_details import TWIN
 from fmd_timm.hub_errors import explain
-from fmd_timm.model_card import make_card
+from fmd_timm.model_card import check_complete, make_card, make_eval_results
 from fmd_timm.models._pretrained import WEIGHTS_NAME
 
 HUB_CARDS = Path(__file__).parents[1] / 'hub_cards'  # of this checkout, wherever fmd_timm is installed
@@ -64,6 +70,32 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SystemExit(f'{path} must hold a JSON object, got {type(content).__name__}')
     return content
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """The record of a run, if it is complete and can be true."""
+    record = read_object(run / RECORD)
+    try:
+        check_complete(record)
+        check_record(record)
+    except ValueError as error:
+        raise SystemExit(f'{run / RECORD}: {error}') from error
+    return record
+
+
+def read_twin(twin: Path, run: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of the static network: of the record of its run, which must be by the same recipe."""
+    from _report import check_comparable  # and matplotlib, which takes a second
+
+    theirs = read_record(twin)
+    if record['method'] is None or theirs['method'] is not None:
+        raise SystemExit(
+            f'--twin must be the run of a static network, to compare a dynamic one with, got {theirs["model"]} in '
+            f'{twin} beside {record["model"]}')
+    if theirs['seed'] != record['seed']:
+        raise SystemExit(f'--twin must be a run with the seed {record["seed"]}, got {theirs["seed"]} in {twin}')
+    check_comparable({run / RECORD: record, twin / RECORD: theirs})
+    return {name: theirs[name] for name in TWIN}
 
 
 def check_weights(run: Path, record: dict[str, Any]) -> None:
@@ -148,21 +180,26 @@ def write_record(name: str, record: dict[str, Any], card: ModelCard) -> None:
 
 
 def main(
-        run: Path, repo: str, formats: list[str], tag: str | None, private: bool, replace: bool, dry_run: bool,
+        run: Path, repo: str, formats: list[str], twin: Path | None, tag: str | None, private: bool, replace: bool,
+        dry_run: bool,
 ) -> None:
     check_names(repo, tag)
     missing = [name for name in RUN_FILES if not (run / name).is_file()]
     if missing:
         raise SystemExit(f'--run {run} has no {", ".join(missing)}')
-    config, record = read_object(run / CONFIG), read_object(run / RECORD)
+    config, record = read_object(run / CONFIG), read_record(run)
     names = [*RUN_FILES, *(name for format in formats for name in EXPORTED[format])]
     if formats:
         record['exported'] = [read_exported(run, format) for format in formats]
+    if twin:
+        record['twin'] = read_twin(twin, run, record)
     try:
-        card = make_card(record, repo)
-        check_record(record)
+        texts = {CARD: str(card := make_card(record, repo))}
     except ValueError as error:
-        raise SystemExit(f'{run / RECORD}: {error}') from error
+        raise SystemExit(f'{run}: {error}') from error
+    results = make_eval_results(record, repo)
+    if results:
+        texts[f'{EVAL_RESULTS}/{record["dataset"].rpartition("/")[2]}.yaml'] = results
     check_weights(run, record)
     network = load_network(run, config, record)
     if tag:
@@ -170,7 +207,7 @@ def main(
 
     if dry_run:
         print(card)
-        print(f'would push to {repo}: {", ".join(names)} and the card above as {CARD}')
+        print(f'would push to {repo}: {", ".join([*names, *texts])}; {CARD} is the card above')
         if tag:
             print(f'would write {HUB_CARDS / record["model"]}.{tag}.json and .md')
         return
@@ -182,9 +219,15 @@ def main(
         card.validate()
     except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
         raise SystemExit(f'nothing was sent to {repo}: {explain(error)}') from error
-    hub = push(api, repo, private, replace, there, run, names, card)
-    print(f'published {api.endpoint}/{repo}/tree/{hub["commit"]}')
+    with TemporaryDirectory() as folder:
+        for name in names:
+            shutil.copyfile(run / name, Path(folder, name))
+        for name, text in texts.items():
+            write_text(Path(folder, name), text)
+        commit = push(api, repo, Path(folder), there, private, '*' if replace else STALE)
+    print(f'published {api.endpoint}/{repo}/tree/{commit}')
     if tag:
+        hub = dict(repo=repo, commit=commit, sha256=record['weights_sha256'])
         pretrained_cfg = filter_pretrained_cfg(network.pretrained_cfg, remove_source=True)
         write_record(f'{record["model"]}.{tag}', {**record, 'hub': hub, 'pretrained_cfg': pretrained_cfg}, card)
 

@@ -32,7 +32,7 @@ from _distillation import load_teacher, make_teacher
 from _dynamics import summarize
 from _loaders import make_loaders, stay_on_device
 from _loop import train_epochs
-from _measure import count_gmacs, peak_memory_mib, time_inference
+from _measure import count_gmacs, count_macts, peak_memory_mib, time_inference
 from _output import open_output
 from _recipe import EXECUTION, Recipe
 from _recipe_checks import check_recipe
@@ -229,7 +229,7 @@ def make_record(
         **inference, ies_infer=ies_infer(inference['infer_ms_per_image'], accuracy),
         rcs_infer=rcs_infer(inference['infer_images_per_second'], accuracy),
         peak_memory_mib=peak_memory_mib(accelerator.device), parameters=sum(p.numel() for p in network.parameters()),
-        gmacs=count_gmacs(network, input_size),
+        gmacs=count_gmacs(network, input_size), macts=count_macts(network, input_size),
         **summarize(network, validation, training.normalize, images_per_pass(accelerator, recipe)),
         **hardware(accelerator), channels_last=recipe.channels_last,
         input_size=input_size, global_batch=recipe.batch_size, seed=recipe.seed, **circumstances('train.py'),

@@ -6,11 +6,12 @@ import processes
 import pytest
 import timm
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, parse_eval_result_entries
 from inputs import make_record
 
 from fmd_timm.hub import save_for_hub
-from fmd_timm.model_card import MAY_BE_NONE, REQUIRED, make_card
+from fmd_timm.model_card import MAY_BE_NONE, REQUIRED, make_card, make_eval_results
 
 HUB_CARDS = Path(__file__).parents[1] / 'hub_cards'
 REPO = 'acme/resnet18_fmd_cifar.digits'
@@ -23,7 +24,7 @@ def test_metadata_survives_a_round_trip():
     assert again.data.to_dict() == ModelCardData(**card.data.to_dict()).to_dict() == card.data.to_dict()
     assert (again.data.library_name, again.data.license) == ('timm', 'apache-2.0')
     assert again.data.pipeline_tag == 'image-classification'
-    assert {'timm', 'fmd_timm', 'dynamic-convolution'} <= set(again.data.tags)
+    assert {'image-classification', 'timm', 'transformers', 'fmd_timm', 'dynamic-convolution'} <= set(again.data.tags)
     assert again.data.model_name == 'resnet18_fmd_cifar.digits'
     accuracies = {result.metric_name: result for result in again.data.eval_results}
     assert accuracies.keys() == {'top-1', 'top-5'}
@@ -57,6 +58,71 @@ def test_a_run_on_several_kinds_of_hardware_says_so():
     assert line in make_card(make_record(legs=legs), REPO).text.splitlines()
     untimed = dict.fromkeys(('median_epoch_seconds', 'ies', 'rcs', 'train_images_per_second'))
     assert 'are missing: no epoch was' in make_card(make_record(legs=legs, **untimed), REPO).text
+
+
+def test_the_sections_are_those_of_timms_cards_in_their_order():
+    def sections(card):
+        return re.findall('^#+ (.*)$', re.sub('```.*?```', '', card.text, flags=re.DOTALL), re.MULTILINE)
+
+    usage = [
+        'Model Usage', 'Image Classification', 'Feature Map Extraction', 'Image Embeddings',
+        'Image Classification with transformers']
+    first, rest = [f'Model card for {REPO.partition("/")[2]}', 'Model Details', *usage], [
+        'Training', 'Differences from the paper', 'Limits', 'Licence', 'Citation']
+    assert sections(make_card(make_record(), REPO)) == first + rest
+    assert sections(make_card(make_record(twin=make_record(method=None)), REPO)) == [*first, 'Model Comparison', *rest]
+
+
+@pytest.mark.parametrize('model, method, papers', [
+    ('resnet18_fmd_cifar', 'FMDConv', ['FMDConv: Fast Multi-Attention .*2503.17530', 'Deep Residual .*1512.03385']),
+    ('mobilenetv3_small_100_dy', 'DyConv', ['Dynamic Convolution: .*1912.03458', 'Searching for .*1905.02244']),
+    ('dynamic_cnn', 'ODConv', ['Omni-Dimensional Dynamic Convolution: .*2209.07947']),
+    ('mobilenetv2_100', None, ['MobileNetV2: .*1801.04381']),
+])
+def test_model_details_are_those_of_timms_cards(model, method, papers):
+    lines = make_card(make_record(model=model, method=method), REPO).text.splitlines()
+    first = lines.index('## Model Details') + 1
+    assert lines[first:first + 7] == [
+        '- **Model Type:** Image classification / feature backbone', '- **Model Stats:**', '  - Params (M): 44.7',
+        '  - GMACs: 0.568', '  - Activations (M): 1.23', '  - Image size: 32 x 32', '- **Papers:**']
+    named = lines[first + 7:lines.index('- **Dataset:** digits')]
+    assert len(named) == len(papers)
+    for line, paper in zip(named, papers):
+        assert re.fullmatch(f'  - {paper}', line) and ': https://arxiv.org/abs/' in line
+
+
+def test_a_network_is_compared_with_its_static_twin():
+    twin = make_record(
+        model='resnet18_cifar', method=None, top1=96.5, parameters=11_173_962, gmacs=0.555, macts=1.1,
+        infer_images_per_second=2588.04, median_epoch_seconds=None)
+    lines = make_card(make_record(twin=twin), REPO).text.splitlines()
+    first = lines.index('|model|top1|top5|img_size|param_count|gmacs|macts|samples_per_sec|batch_size|epoch|')
+    assert lines[first + 2:first + 4] == [
+        '|resnet18_cifar|96.50|99.72|32|11.17|0.555|1.1|2588.0|256|-|',
+        '|resnet18_fmd_cifar|97.22|99.72|32|44.71|0.568|1.23|81155.7|256|1.250|']
+
+
+def test_the_hub_gets_the_accuracy_on_a_dataset_of_its_own():
+    text = make_eval_results(make_record(dataset='acme/digits', dataset_config='small'), REPO)
+    assert parse_eval_result_entries(yaml.safe_load(text)) == [EvalResultEntry(
+        dataset_id='acme/digits', task_id='small', value=97.2222, date='2026-11-20T12:00:00',
+        source_url=f'https://huggingface.co/{REPO}/blob/main/result.json', source_name='Run record',
+        notes='top-1 accuracy in percent, split test')]
+    assert 'task_id: default' in make_eval_results(make_record(dataset='acme/digits'), REPO)
+    assert make_eval_results(make_record(dataset='digits'), REPO) is None
+    assert make_eval_results(make_record(dataset='acme', dataset_type='imagefolder'), REPO) is None
+
+
+def test_the_command_can_be_repeated_from_what_the_package_index_has():
+    record = make_record(versions={'fmd-timm': '0.1.0', 'torch': '2.15.0'})
+    training = make_card(record, REPO).text.partition('## Training')[2]
+    lines = training.partition('```bash\n')[2].partition('```')[0].splitlines()
+    assert "'fmd-timm==0.1.0'" in lines[0] and lines[1:] == ["pip install '.[recipes]'", record['command']]
+
+
+def test_a_dataset_may_have_any_name():
+    card = make_card(make_record(dataset='a: [b', dataset_type='imagefolder'), REPO)
+    assert '- **Dataset:** a: [b' in card.text.splitlines() and card.text.startswith('# Model card for ')
 
 
 def test_the_card_says_how_to_install_the_package_and_where_the_paper_is():
@@ -113,7 +179,7 @@ def test_a_missing_field_is_named_if_the_card_needs_it(name):
     record = make_record()
     del record[name]
     if name in REQUIRED + MAY_BE_NONE:
-        with pytest.raises(ValueError, match=fr'the run record of {REPO} has no {name}$'):
+        with pytest.raises(ValueError, match=f'the run record has no {name}$'):
             make_card(record, REPO)
     else:
         assert str(make_card(record, REPO)) == str(make_card(make_record(), REPO))
@@ -134,7 +200,7 @@ def test_what_was_not_measured_is_a_dash():
 def usage(card, folder):
     """The Python of the card, with the Hub's repository replaced by a local folder."""
     code = '\n'.join(re.findall(r'^```python\n(.*?)^```$', card.text, flags=re.DOTALL | re.MULTILINE))
-    assert code.count(f"'hf-hub:{REPO}'") == code.count(f"from_pretrained('{REPO}')") == 1
+    assert (code.count(f"'hf-hub:{REPO}'"), code.count(f"from_pretrained('{REPO}')")) == (3, 1)
     return code.replace(f'hf-hub:{REPO}', f'local-dir:{folder}').replace(f"'{REPO}'", repr(str(folder)))
 
 
@@ -144,18 +210,22 @@ def test_usage_runs_as_pasted(in_chans, num_classes, tmp_path):
         'resnet18_fmd_cifar', in_chans=in_chans, num_classes=num_classes, channels=(8, 16, 32, 64)).eval()
     save_for_hub(model, tmp_path, model_config=dict(label_names=[f'digit {i}' for i in range(num_classes)]))
     card = make_card(make_record(input_size=[in_chans, 32, 32], num_classes=num_classes), REPO)
-    code = usage(card, tmp_path) + "torch.save([image.mode, transform(image), logits], 'seen.pt')\n"
+    code = usage(card, tmp_path)
+    code += "torch.save([image.mode, transform(image), logits, feature_maps, embedding], 'seen.pt')\n"
     done = processes.run('-c', code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
-    mode, image, seen = torch.load(tmp_path / 'seen.pt')
+    mode, image, seen, feature_maps, embedding = torch.load(tmp_path / 'seen.pt')
     assert mode == ('L' if in_chans == 1 else 'RGB')
     with torch.no_grad():
-        logits = model(image.unsqueeze(0))
+        logits, features = model(image.unsqueeze(0)), model.forward_features(image.unsqueeze(0))
+        expected = model.forward_head(features, pre_logits=True)
     torch.testing.assert_close(seen, logits)
+    torch.testing.assert_close(feature_maps[-1], features)
+    torch.testing.assert_close(embedding, expected)
     probabilities, indices = logits.softmax(dim=-1)[0].topk(min(5, num_classes))
     lines = [f'digit {index}: {probability:.1%}' for probability, index in zip(probabilities, indices)]
-    assert done.stdout.splitlines() == lines
+    assert done.stdout.splitlines() == lines + [str(feature_map.shape) for feature_map in feature_maps]
 
 
 def test_a_fine_tune_says_what_it_started_from_and_keeps_its_licence():

@@ -14,10 +14,12 @@ import publish
 import pytest
 import timm
 import torch
+import yaml
 from _dataset import load_digits
 from _exported import FORMATS
 from hub_server import READ_TOKEN, WRITE_TOKEN, Commit, Repo, empty_caches
-from inputs import make_run, save_logits
+from huggingface_hub import parse_eval_result_entries
+from inputs import make_record, make_run, save_logits
 from safetensors.torch import load_file, save_file
 
 CHECKOUT = Path(__file__).parents[2]
@@ -254,6 +256,48 @@ def test_an_empty_repository_and_an_earlier_run_are_published_to(hub, publish_he
     assert len(repo.commits) == 3  # the second time there was nothing to change
     with pytest.raises(SystemExit, match='--private: acme/mine is there already and public'):
         publish_here('--run', small_run, '--repo', 'acme/mine', '--private')
+
+
+def test_the_accuracy_on_a_dataset_of_the_hub_is_published_as_its_leaderboards_read_it(
+        hub, publish_here, small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / 'run')
+    recipe = json.loads((run / 'result.json').read_text())['recipe']
+    edit(run / 'result.json', dataset='acme/numbers', recipe=dict(recipe, dataset='acme/numbers'))
+    repo = put(hub, 'acme/scored')
+    publish_here('--run', run, '--repo', 'acme/scored')
+    results = '.eval_results/numbers.yaml'
+    assert repo.at('main').keys() == FILES | {'.gitattributes', results}
+    entry, = parse_eval_result_entries(yaml.safe_load(repo.at('main')[results]))
+    record = json.loads((run / 'result.json').read_text())
+    assert (entry.dataset_id, entry.value) == ('acme/numbers', round(record['top1'], 4))
+    publish_here('--run', run, '--repo', 'acme/scored')
+    assert len(repo.commits) == 2  # there was nothing to change
+    publish_here('--run', small_run, '--repo', 'acme/scored', '--replace')
+    assert repo.at('main').keys() == FILES | {'.gitattributes'}
+
+
+def test_the_card_compares_a_run_with_its_static_twin(publish_offline, small_run, tmp_path, capsys):
+    def publish_with(**changes):
+        record = make_record(**dict(dict(model='resnet18_cifar', method=None, top1=95.0, best_top1=95.0), **changes))
+        accuracy = record['top1'] / 100
+        record |= dict(
+            ies=1.25 / accuracy, rcs=accuracy / 1.25, ies_infer=0.012 / accuracy, rcs_infer=81155.7 * accuracy)
+        (tmp_path / 'result.json').write_text(json.dumps(record))
+        publish_offline('--run', small_run, '--repo', REPO, '--twin', tmp_path, '--dry-run')
+        return capsys.readouterr().out
+
+    card = publish_with()
+    assert '## Model Comparison' in card and '|resnet18_cifar|95.00|' in card
+    recipe = make_record()['recipe']
+    for changes, message in (
+            (dict(method='FMDConv'), '--twin must be the run of a static network, .* got resnet18_cifar in '),
+            (dict(seed=8, recipe=dict(recipe, seed=8)), '--twin must be a run with the seed 7, got 8 in '),
+            (dict(recipe=dict(recipe, lr=0.5)), 'cannot be compared with .*: lr is 0.5, not None'),
+            (dict(macts=None), 'the run record has no macts')):
+        with pytest.raises(SystemExit, match=message):
+            publish_with(**changes)
+    with pytest.raises(SystemExit, match='result.json is not readable'):
+        publish_offline('--run', small_run, '--repo', REPO, '--twin', tmp_path / 'none')
 
 
 @pytest.fixture(scope='module')

@@ -94,7 +94,8 @@ def test_a_run_leaves_a_model_that_timm_loads_and_a_complete_record(digits_folde
     assert result['history'][-1]['top1'] == result['top1'] and result['history'][-1]['loss'] == result['loss']
     assert [epoch['epoch_seconds'] for epoch in result['history']] == result['epoch_seconds']
     assert 0 <= result['kernel_entropy'] <= 1 and 0 <= result['gate_std'] <= 0.5 and result['kernel_distance'] > 0
-    assert result['gmacs'] > 0 and result['peak_memory_mib'] > 0 and result['infer_ms_per_image'] > 0
+    for name in 'gmacs', 'macts', 'peak_memory_mib', 'infer_ms_per_image':
+        assert result[name] > 0
     assert {'torch', 'timm', 'fmd-timm'} <= result['versions'].keys()
     assert result['cudnn_benchmark'] == (result['device_type'] == 'cuda') and result['channels_last']
     assert result['weights_sha256'] == hashlib.sha256((tmp_path / 'model.safetensors').read_bytes()).hexdigest()
