@@ -27,8 +27,8 @@ NETWORKS = {'resnet': '1512.03385', 'mobilenetv2': '1801.04381', 'mobilenetv3': 
 
 def details(record: dict[str, Any]) -> dict[str, Any]:
     """Model details as timm's cards have them."""
-    method, network = record['method'], next((n for n in NETWORKS if record['model'].startswith(n)), None)
-    papers = [ARXIV[method]] * bool(method) + [NETWORKS[network]] * bool(network)
+    papers = [arxiv for method, arxiv in ARXIV.items() if method == record['method']]
+    papers += [arxiv for name, arxiv in NETWORKS.items() if record['model'].startswith(name)]
     found = {
         'Model Type': 'Image classification / feature backbone',
         'Model Stats': {

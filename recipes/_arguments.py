@@ -177,6 +177,9 @@ def parse_publish(argv: list[str], description: str | None = None) -> argparse.N
     parser.add_argument(
         '--twin', type=path, metavar='RUN', help='run of the static network by the same recipe, which the card is to '
         'compare this one with')
+    parser.add_argument(
+        '--space', metavar='OWNER/NAME',
+        help='also publish the page of recipes/demo.py as a Space, which loads the network from --repo')
     parser.add_argument('--tag', help='record it in hub_cards/ as <architecture>.<tag>')
     parser.add_argument('--private', action='store_true', help='make the repository private')
     parser.add_argument('--replace', action='store_true', help='take the place of whatever the repository holds')

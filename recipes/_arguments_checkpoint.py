@@ -62,3 +62,14 @@ def parse_predict(argv: list[str], description: str | None = None) -> argparse.N
     if args.output and args.output.suffix not in ('.csv', '.json'):
         raise SystemExit(f'--output must end in .csv or .json, got {args.output}')
     return args
+
+
+def parse_demo(argv: list[str], description: str | None = None) -> argparse.Namespace:
+    parser = make_parser(description)
+    parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, or registered model.tag')
+    parser.add_argument(
+        '--dataset', help="'digits', a dataset id on the Hub, or a folder, whose mean is marked beside the image's mix")
+    parser.add_argument(
+        '--twin', metavar='CHECKPOINT', help='the static network by the same recipe, whose classes are shown as well')
+    parser.add_argument('--share', action='store_true', help='also at a public address, through a server of Gradio')
+    return parser.parse_args(argv)

@@ -121,8 +121,9 @@ def summarized(statistics: dict[str, AttentionStatistics]) -> dict[str, float | 
 
 
 @torch.inference_mode()
-def summarize(network: nn.Module, images: LabelledImages, normalize: nn.Module, batch: int) -> dict[str, float | None]:
-    """The same over at most `MOST_IMAGES` of a split, evenly spread, which are read here.
+def observe(
+        network: nn.Module, images: LabelledImages, normalize: nn.Module, batch: int) -> dict[str, AttentionStatistics]:
+    """The attention of each layer over at most `MOST_IMAGES` of a split, evenly spread, which are read here.
 
     Args:
         network: It stays as it is: its copy is not compiled.
@@ -136,4 +137,15 @@ def summarize(network: nn.Module, images: LabelledImages, normalize: nn.Module, 
         for first in range(0, len(places) if statistics else 0, batch):
             read = [images.transform(images.read(place)[0]) for place in places[first:first + batch]]
             network(normalize(torch.stack(read).to(device)))
-    return summarized(statistics)
+    return statistics
+
+
+def kernel_means(statistics: dict[str, AttentionStatistics]) -> dict[str, list[float]]:
+    """The mean kernel_attn of each layer that has more than one kernel."""
+    return {name: layer.means()[0][0].tolist() for name, layer in statistics.items() if layer.sums[0] is not None}
+
+
+def check_dynamic(network: nn.Module, what: str) -> None:
+    """Refuse a network that has no dynamic convolution; `what` is its name in the error."""
+    if not any(isinstance(module, DynamicConv2d) for module in network.modules()):
+        raise SystemExit(f'{what} has no dynamic convolution')

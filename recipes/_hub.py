@@ -1,12 +1,13 @@
 """A run's files on the Hugging Face Hub: who may write, what is there already, and pushing them in one commit."""
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from _arguments import PUBLISHED_FILES
-from _record import sha256
+from _record import sha256, write_text
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo, SpaceInfo
@@ -85,13 +86,13 @@ def _record_in(api: HfApi, repo: str, commit: str) -> dict[str, Any]:
 
 
 def push(
-        api: HfApi, repo: str, staged: Path, there: ModelInfo | SpaceInfo | None, private: bool, delete: Sequence[str],
-        kind: str = 'model',
+        api: HfApi, repo: str, files: dict[str, Path | str], there: ModelInfo | SpaceInfo | None, private: bool,
+        delete: Sequence[str], kind: str = 'model',
 ) -> str:
-    """Upload a folder in one commit, read it back, compare. Returns the commit.
+    """Upload files in one commit, read them back, compare. Returns the commit.
 
     Args:
-        staged: The folder.
+        files: By their names in the repository: a file to copy, or the text of one.
         there: What was found: a commit that somebody made since then is not built upon.
         private: Of a repository that is made.
         delete: Patterns of files that go where they are not sent.
@@ -100,32 +101,40 @@ def push(
     Raises:
         SystemExit: Says why it failed, and what the repository holds now.
     """
-    made = False
-    try:
-        if there is None:
-            api.create_repo(
-                repo, private=private, repo_type=kind, **(dict(space_sdk='gradio') if kind == 'space' else {}))
-            made = True
-        commit = api.upload_folder(
-            repo_id=repo, repo_type=kind, folder_path=staged, commit_message='Publish with fmd_timm',
-            parent_commit=there and there.sha, delete_patterns=delete).oid
-    except (Exception, KeyboardInterrupt) as error:  # the client and its transport have no common class
-        left = _what_is_left(api, repo, there, made, kind)
-        raise SystemExit(f'publishing to {repo} failed: {explain(error)}. {left}') from error
+    with TemporaryDirectory() as folder:
+        staged = Path(folder, 'staged')
+        for name, content in files.items():
+            if isinstance(content, str):
+                write_text(staged / name, content)
+            else:
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(content, staged / name)
 
-    with TemporaryDirectory() as back:
-        for path in sorted(path for path in staged.rglob('*') if path.is_file()):
-            name = path.relative_to(staged).as_posix()
+        made = False
+        try:
+            if there is None:
+                api.create_repo(
+                    repo, private=private, repo_type=kind, **(dict(space_sdk='gradio') if kind == 'space' else {}))
+                made = True
+            commit = api.upload_folder(
+                repo_id=repo, repo_type=kind, folder_path=staged, commit_message='Publish with fmd_timm',
+                parent_commit=there and there.sha, delete_patterns=delete).oid
+        except (Exception, KeyboardInterrupt) as error:  # the client and its transport have no common class
+            left = _what_is_left(api, repo, there, made, kind)
+            raise SystemExit(f'publishing to {repo} failed: {explain(error)}. {left}') from error
+
+        for name in files:
             try:
-                found = api.hf_hub_download(repo, name, repo_type=kind, revision=commit, cache_dir=back)
+                back = api.hf_hub_download(
+                    repo, name, repo_type=kind, revision=commit, cache_dir=Path(folder, 'back'))
             except Exception as error:
                 raise SystemExit(
                     f'{repo} has the files as commit {commit}, but {name} could not be read back to compare it: '
                     f'{explain(error)}. The same command compares again'
                 ) from error
-            if sha256(found) != sha256(path):
+            if sha256(back) != sha256(staged / name):
                 raise SystemExit(f'{name} of {repo} at {commit} is not what was uploaded, publish again')
-    return commit
+        return commit
 
 
 def _what_is_left(

@@ -1,5 +1,6 @@
 """Pictures of comparisons, accuracy against time with lines of equal score, of a run and of attention. In black."""
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,35 @@ def draw_layers(layers: dict[str, dict[str, float | None]]) -> Figure:
     parts[0].invert_yaxis()
     if parts[0].lines:
         parts[0].legend(fontsize=8)
+    return figure
+
+
+def draw_mixes(
+        mixes: dict[str, list[float]], means: dict[str, list[float]] | None = None, name: str | None = None) -> Figure:
+    """How an image mixes the kernels, a panel for each layer and a bar for each kernel.
+
+    Args:
+        mixes: kernel_attn (K) of each layer.
+        means: The same of a dataset on average, which is marked.
+        name: Of the dataset.
+    """
+    columns = min(len(mixes), 7)
+    rows = math.ceil(len(mixes) / columns)
+    figure = Figure(figsize=(12, 0.6 + 1.3 * rows), layout='constrained')
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for axes, (layer, mix) in zip(panels, mixes.items()):
+        kernels = range(1, len(mix) + 1)
+        bars = axes.bar(kernels, mix, color='darkgray', label='this image')
+        drawn = [bars, axes.axhline(1 / len(mix), color='gray', linestyle=':', linewidth=0.8, label='equal shares')]
+        if means:
+            drawn += axes.plot(kernels, means[layer], '_', color='black', markersize=12, markeredgewidth=2,
+                               label=f'mean over {name}')
+        axes.set_title(layer, fontsize=8)
+        axes.set_xticks(kernels)
+        axes.tick_params(labelsize=7)
+    for axes in panels[len(mixes):]:
+        axes.remove()
+    figure.legend(handles=drawn, loc='outside upper left', ncols=len(drawn), fontsize=8, frameon=False)
     return figure
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from _accelerator import auto_precision, use_all_cores
 from _data import refuse_bad_images
-from _dynamics import averaged, watched
+from _dynamics import averaged, check_dynamic, watched
 from _loaders import Normalize
 from _measure import score
 from _pictures import draw_layers, save
@@ -33,8 +33,6 @@ from _record import circumstances, hardware, public, write_json, write_text
 from accelerate import Accelerator
 from evaluate import make_loader, open_scored
 from timm.data import resolve_model_data_config
-
-from fmd_timm import DynamicConv2d
 
 NUMBERS = 'kernel_entropy', 'usage_entropy', 'gate_std', 'kernel_distance'
 HEAD = 'layer', 'kernel entropy', 'usage entropy', 'gates', 'kernel distance'
@@ -51,8 +49,7 @@ def main(checkpoint: str, batch_size: int, num_workers: int, output: Path | None
     if batch_size < 1:
         raise SystemExit(f'--batch-size must be at least 1, got {batch_size}')
     model, images = open_scored(accelerator, checkpoint, **images_of)
-    if not any(isinstance(module, DynamicConv2d) for module in model.modules()):
-        raise SystemExit(f'checkpoint {checkpoint!r} has no dynamic convolution')
+    check_dynamic(model, f'checkpoint {checkpoint!r}')
     data_config = resolve_model_data_config(model)
     loader, model = make_loader(accelerator, images, batch_size, num_workers), accelerator.prepare(model)
     normalize = Normalize(data_config['mean'], data_config['std']).to(accelerator.device)

@@ -18,6 +18,7 @@ if __name__ == '__main__':  # before the imports below, which take seconds
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from _images import BadImage, read_file, suffixes
 from _record import write_text
 from _sources import find_source, load_network
 from timm.data import create_transform
+from torch import Tensor, nn
 
 import fmd_timm  # noqa: F401, registers the models
 
@@ -37,19 +39,17 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
     if output:
         check_writable(output)
     classify, (data_config, names) = open_checkpoint(checkpoint)
-    transform = create_transform(**data_config, is_training=False)
-    mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
+    read = reader(data_config)
 
     predictions = []
     for path in paths:
         try:
-            image = read_file(path).convert(mode)
+            image = read(path)
         except BadImage as error:
             print(f'warning: {printable(str(error))}', file=sys.stderr)
             continue
         with torch.inference_mode():
-            probabilities = classify(transform(image).unsqueeze(0)).float().softmax(dim=1)[0]
-        best = [(names[i], p.item()) for p, i in zip(*probabilities.topk(min(top, len(names))))]
+            best = best_classes(classify(image), names, top)
         predictions.append(dict(
             image=str(path), classes=[dict(label=name, probability=probability) for name, probability in best]))
         print(printable(str(path)))
@@ -62,15 +62,33 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
         raise SystemExit(f'{unread} of {len(paths)} images could not be read')
 
 
+def reader(data_config: dict[str, Any]) -> Callable[[Path], Tensor]:
+    """Image file -> (1, C, H, W), prepared for a network; raises BadImage."""
+    transform = create_transform(**data_config, is_training=False)
+    mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
+    return lambda path: transform(read_file(path).convert(mode)).unsqueeze(0)
+
+
+def best_classes(logits: Tensor, names: list[str], top: int) -> list[tuple[str, float]]:
+    """Names and probabilities of the most probable classes, the best one first, of logits (1, classes)."""
+    probabilities = logits.float().softmax(dim=1)[0]
+    return [(names[i], p.item()) for p, i in zip(*probabilities.topk(min(top, len(names))))]
+
+
+def open_network(checkpoint: str, what: str) -> tuple[nn.Module, Metadata]:
+    """The network, where there is an accelerator on it, and what must be known to use it; `what` is the argument."""
+    network = load_network(find_source(checkpoint, what), what).eval()
+    metadata = Metadata.of(network, f'{what} {checkpoint!r}')
+    return network.to(torch.accelerator.current_accelerator(check_available=True) or 'cpu'), metadata
+
+
 def open_checkpoint(checkpoint: str) -> tuple[Run, Metadata]:
     """What gives logits of images (B, C, H, W), and what must be known to use it."""
     if checkpoint.endswith('.onnx'):
         return open_file(Path(checkpoint))
-    model = load_network(find_source(checkpoint, 'checkpoint'), 'checkpoint').eval()
-    metadata = Metadata.of(model, f'checkpoint {checkpoint!r}')
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
-    model.to(device)
-    return lambda images: model(images.to(device)), metadata
+    network, metadata = open_network(checkpoint, 'checkpoint')
+    device = next(network.parameters()).device
+    return lambda images: network(images.to(device)), metadata
 
 
 def open_file(path: Path) -> tuple[Run, Metadata]:

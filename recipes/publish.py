@@ -26,9 +26,7 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_publish(sys.argv[1:], __doc__)
 
 import re
-import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -37,6 +35,7 @@ import torch.nn as nn
 from _hub import CARD, CONFIG, EVAL_RESULTS, EXPORTED, RECORD, RUN_FILES, STALE, check_access, find_repository, push
 from _record import read_json, sha256, write_json, write_text
 from _record_checks import check_record
+from _space import STALE_PAGE, find_space, space_files
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -51,13 +50,16 @@ from fmd_timm.models._pretrained import WEIGHTS_NAME
 HUB_CARDS = Path(__file__).parents[1] / 'hub_cards'  # of this checkout, wherever fmd_timm is installed
 
 
-def check_names(repo: str, tag: str | None) -> None:
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise SystemExit(f'--repo {repo!r} is not valid: {error}') from error
-    if '/' not in repo:
-        raise SystemExit(f'--repo must be OWNER/NAME, got {repo!r}')
+def check_names(repo: str, space: str | None, tag: str | None) -> None:
+    for option, name in ('--repo', repo), ('--space', space):
+        if name is None:
+            continue
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise SystemExit(f'{option} {name!r} is not valid: {error}') from error
+        if '/' not in name:
+            raise SystemExit(f'{option} must be OWNER/NAME, got {name!r}')
     if tag is not None and not re.fullmatch('[A-Za-z0-9_-]+', tag):
         raise SystemExit(f"--tag must consist of letters, digits, '_' and '-', got {tag!r}")
 
@@ -180,10 +182,10 @@ def write_record(name: str, record: dict[str, Any], card: ModelCard) -> None:
 
 
 def main(
-        run: Path, repo: str, formats: list[str], twin: Path | None, tag: str | None, private: bool, replace: bool,
-        dry_run: bool,
+        run: Path, repo: str, formats: list[str], twin: Path | None, space: str | None, tag: str | None,
+        private: bool, replace: bool, dry_run: bool,
 ) -> None:
-    check_names(repo, tag)
+    check_names(repo, space, tag)
     missing = [name for name in RUN_FILES if not (run / name).is_file()]
     if missing:
         raise SystemExit(f'--run {run} has no {", ".join(missing)}')
@@ -200,6 +202,7 @@ def main(
     results = make_eval_results(record, repo)
     if results:
         texts[f'{EVAL_RESULTS}/{record["dataset"].rpartition("/")[2]}.yaml'] = results
+    page = space_files(repo, space, card.data.license) if space else {}
     check_weights(run, record)
     network = load_network(run, config, record)
     if tag:
@@ -208,6 +211,8 @@ def main(
     if dry_run:
         print(card)
         print(f'would push to {repo}: {", ".join([*names, *texts])}; {CARD} is the card above')
+        if space:
+            print(f'would push to the Space {space}: {", ".join(page)}')
         if tag:
             print(f'would write {HUB_CARDS / record["model"]}.{tag}.json and .md')
         return
@@ -217,19 +222,20 @@ def main(
         check_access(api, repo)
         there = find_repository(api, repo, private, replace, record)
         card.validate()
+        if space:
+            check_access(api, space)
+            there_is = find_space(api, space, private, replace)
     except Exception as error:  # the Hub's client has no common class for its own and its transport's errors
         raise SystemExit(f'nothing was sent to {repo}: {explain(error)}') from error
-    with TemporaryDirectory() as folder:
-        for name in names:
-            shutil.copyfile(run / name, Path(folder, name))
-        for name, text in texts.items():
-            write_text(Path(folder, name), text)
-        commit = push(api, repo, Path(folder), there, private, '*' if replace else STALE)
+    commit = push(api, repo, {name: run / name for name in names} | texts, there, private, '*' if replace else STALE)
     print(f'published {api.endpoint}/{repo}/tree/{commit}')
     if tag:
         hub = dict(repo=repo, commit=commit, sha256=record['weights_sha256'])
         pretrained_cfg = filter_pretrained_cfg(network.pretrained_cfg, remove_source=True)
         write_record(f'{record["model"]}.{tag}', {**record, 'hub': hub, 'pretrained_cfg': pretrained_cfg}, card)
+    if space:
+        push(api, space, page, there_is, private, '*' if replace else STALE_PAGE, 'space')
+        print(f'published {api.endpoint}/spaces/{space}')
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ from _accelerator import images_per_pass, make_accelerator, on_main, tracked
 from _data import LabelledImages, open_images, refuse_bad_images
 from _dataset import dataset_name
 from _distillation import load_teacher, make_teacher
-from _dynamics import summarize
+from _dynamics import observe, summarized
 from _loaders import make_loaders, stay_on_device
 from _loop import train_epochs
 from _measure import count_gmacs, count_macts, peak_memory_mib, time_inference
@@ -230,7 +230,7 @@ def make_record(
         rcs_infer=rcs_infer(inference['infer_images_per_second'], accuracy),
         peak_memory_mib=peak_memory_mib(accelerator.device), parameters=sum(p.numel() for p in network.parameters()),
         gmacs=count_gmacs(network, input_size), macts=count_macts(network, input_size),
-        **summarize(network, validation, training.normalize, images_per_pass(accelerator, recipe)),
+        **summarized(observe(network, validation, training.normalize, images_per_pass(accelerator, recipe))),
         **hardware(accelerator), channels_last=recipe.channels_last,
         input_size=input_size, global_batch=recipe.batch_size, seed=recipe.seed, **circumstances('train.py'),
     )

@@ -11,6 +11,7 @@ What they ask for was found by logging huggingface_hub 2.4, timm 1.0.31 and data
 
 * Uploads go by LFS, in one part. There is no Xet, and clients are told not to use it: no answer of a server would do.
 * `main` is the only branch. There are no tags and no pull requests.
+* A Space is a repository with an sdk; nothing runs in it.
 * Large files come from the server itself, without a redirect, and the metadata in a README.md is not checked.
 """
 import base64
@@ -85,8 +86,9 @@ class Commit(dict):
 
 
 class Repo:
-    def __init__(self, private: bool = False):
+    def __init__(self, private: bool = False, sdk: str | None = None):
         self.private = private
+        self.sdk = sdk  # of a Space
         self.gated = False
         self.commits = [Commit({'.gitattributes': b''}, 'initial commit')]  # oldest first
 
@@ -97,7 +99,8 @@ class Repo:
         raise Refusal(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
 
 
-KEY = '((?:datasets/)?[^/]+/[^/]+)'  # of HubServer.repos
+KEY = '((?:datasets/|spaces/)?[^/]+/[^/]+)'  # of HubServer.repos
+KINDS = {'dataset': 'datasets/', 'space': 'spaces/'}
 API = f'/api/(?:models/)?{KEY}'
 ROUTES: dict[str, Callable] = {}
 
@@ -206,21 +209,23 @@ class Handler(BaseHTTPRequestHandler):
     @route('POST /api/repos/create')
     def create_repo(self):
         request = json.loads(self.body)
-        kind = 'datasets/' if request.get('type') == 'dataset' else ''
-        key = f'{kind}{request.get("organization") or USER}/{request["name"]}'
+        kind, sdk = request.get('type'), request.get('sdk')
+        if (kind == 'space') != (sdk in ('gradio', 'docker', 'static')):
+            raise Refusal(400, f'a Space, and nothing else, has an sdk: got a {kind or "model"} with {sdk}')
+        key = f'{KINDS.get(kind, "")}{request.get("organization") or USER}/{request["name"]}'
         self.require_write(key)
         url = f'{self.hub.endpoint}/{key}'
         with self.hub.lock:
             if key in self.hub.repos:
                 raise Refusal(409, 'You already created this repo', url=url)
             # huggingface_hub 1 sends `private`, 2 sends `visibility`
-            self.hub.repos[key] = Repo(request.get('private') or request.get('visibility') == 'private')
+            self.hub.repos[key] = Repo(request.get('private') or request.get('visibility') == 'private', sdk)
         self.send_json({'url': url})
 
     @route('DELETE /api/repos/delete')
     def delete_repo(self):
         request = json.loads(self.body)
-        key = f'{request.get("organization") or USER}/{request["name"]}'
+        key = f'{KINDS.get(request.get("type"), "")}{request.get("organization") or USER}/{request["name"]}'
         self.find_repo(key, to_write=True)
         del self.hub.repos[key]
         self.send_json({})
@@ -298,12 +303,13 @@ class Handler(BaseHTTPRequestHandler):
         commit = repo.at(revision)
         sizes = 'blobs' in self.query
         self.send_json({
-            'id': key.removeprefix('datasets/'),
+            'id': '/'.join(key.split('/')[-2:]),
             'sha': commit.id,
             'private': repo.private,
             'gated': 'manual' if repo.gated else False,
             'siblings': [file_info(*item) if sizes else {'rfilename': item[0]} for item in sorted(commit.items())],
             'tags': [],
+            'sdk': repo.sdk,
             'createdAt': DATE,
             'lastModified': DATE,
         })
@@ -376,7 +382,7 @@ class HubServer(ThreadingHTTPServer):
         super().__exit__(*args)
 
     def clear(self):
-        self.repos: dict[str, Repo] = {}  # 'acme/model', 'datasets/acme/dataset'
+        self.repos: dict[str, Repo] = {}  # 'acme/model', 'datasets/acme/dataset', 'spaces/acme/page'
         self.blobs: dict[str, bytes] = {}  # sha256 -> content, of what came by LFS
         self.drops: dict[str, int] = {}  # path suffix -> bytes to send before the reset
         self.faults: list[dict] = []  # see fail

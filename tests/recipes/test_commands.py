@@ -12,7 +12,7 @@ from _arguments import METHODS
 from fmd_timm import layers
 
 RECIPES = Path(__file__).parents[2] / 'recipes'
-HEAVY = {'torch', 'timm', 'accelerate', 'datasets', 'matplotlib', 'fmd_timm'}
+HEAVY = {'torch', 'timm', 'accelerate', 'datasets', 'matplotlib', 'gradio', 'fmd_timm'}
 SCRIPT = """
 import json, runpy, sys
 sys.argv = sys.argv[1:]
@@ -23,7 +23,7 @@ except SystemExit as error:
 """
 COMMANDS = dict(
     train=['digits', '--learning-rate', '1'], evaluate=['runs/digits', '--data-set', 'digits'],
-    inspect_attention=['runs/digits', '--data-set', 'digits'],
+    inspect_attention=['runs/digits', '--data-set', 'digits'], demo=['runs/digits', '--data-set', 'digits'],
     predict=['runs/digits', 'image.png', '--topp', '1'], compare=['digits', '--learning-rate', '1'],
     publish=['--run', 'runs/digits', '--repository', 'acme/digits'], transfer=['--seed-count', '1'],
     _timing=['digits', '--models', 'resnet18', '--learning-rate', '1'], _report=['--folder', 'runs'],

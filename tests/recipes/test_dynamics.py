@@ -92,6 +92,11 @@ def test_a_record_sums_up_the_images_as_they_are_validated(monkeypatch):
     places = images.sample(20)
     with torch.inference_mode(), watched(model) as statistics:
         model(normalize(torch.stack([images[place][0] for place in places])))
-    assert _dynamics.summarize(model, images, normalize, batch=8) == pytest.approx(summarized(statistics), rel=1e-4)
+    observed = _dynamics.observe(model, images, normalize, batch=8)
+    assert summarized(observed) == pytest.approx(summarized(statistics), rel=1e-4)
+    means = _dynamics.kernel_means(observed)
+    assert means.keys() == statistics.keys()
+    for name, layer in statistics.items():
+        assert means[name] == pytest.approx(layer.means()[0][0].tolist(), rel=1e-4)
     static = timm.create_model('resnet10t', num_classes=3)
-    assert set(_dynamics.summarize(static, images, normalize, batch=8).values()) == {None}
+    assert set(summarized(_dynamics.observe(static, images, normalize, batch=8)).values()) == {None}

