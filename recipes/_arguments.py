@@ -40,6 +40,12 @@ def path(text: str) -> Path:
     return Path(name(text))
 
 
+def csv_path(text: str) -> Path:
+    if not text.endswith('.csv'):
+        raise argparse.ArgumentTypeError(f'must end in .csv, got {text!r}')
+    return Path(text)
+
+
 def parse_recipe(argv: list[str], description: str | None = None) -> argparse.Namespace:
     """preset, recipe, output and resume, with no value checked but for those without effect."""
     parser = make_parser(
@@ -190,10 +196,10 @@ def parse_publish(argv: list[str], description: str | None = None) -> argparse.N
 
 
 def parse_bench(argv: list[str], description: str | None = None) -> argparse.Namespace:
-    """models, layers, edge, rounds, table, and data: None, or preset and recipe."""
+    """models, layers, edge, rounds, table, results_file, and data: None, or preset and recipe."""
     parser = make_parser(
-        description, usage='bench.py [--models NAME ...] [--layers] [--edge] [--rounds N] [--table] [--data [preset] '
-        '[--option of train.py ...]]')
+        description, usage='bench.py [--models NAME ...] [--layers] [--edge] [--rounds N] [--results-file FILE] '
+        '[--table] [--data [preset] [--option of train.py ...]]')
     parser.add_argument(
         '--models', nargs='+', metavar='NAME', help='static networks of timm (resnet18 resnet50, and '
         'mobilenetv3_small_100 with --edge)')
@@ -202,6 +208,9 @@ def parse_bench(argv: list[str], description: str | None = None) -> argparse.Nam
     parser.add_argument('--data', action='store_true', help='time the loading of the images of a recipe')
     parser.add_argument('--rounds', type=int, default=5, metavar='N', help='measurements of each (5)')
     parser.add_argument('--table', action='store_true', help="print the tables of the documentation")
+    parser.add_argument(
+        '--results-file', type=csv_path, metavar='FILE', help="also write the times of the networks in the columns of "
+        "timm's benchmark.py, .csv")
     args, of_recipe = parser.parse_known_args(argv)
     if args.rounds < 1:
         raise SystemExit(f'--rounds must be at least 1, got {args.rounds}')
@@ -209,6 +218,8 @@ def parse_bench(argv: list[str], description: str | None = None) -> argparse.Nam
         parser.error(f'unrecognized arguments: {" ".join(of_recipe)}')
     if args.layers + args.edge + args.data > 1:
         parser.error('--layers, --edge and --data are different measurements: leave out all but one')
+    if args.results_file and (args.layers or args.edge or args.data or args.table):
+        parser.error('--results-file is of whole networks: leave out --layers, --edge, --data and --table')
     run = parse_recipe(of_recipe) if args.data else None
     if run:
         check_recipe(run.recipe)

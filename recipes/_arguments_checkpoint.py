@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from _arguments import make_parser, path
+from _arguments import csv_path, make_parser, path
 from _recipe import VALIDATION_SPLITS
 
 
@@ -36,6 +36,8 @@ def check_images(args: argparse.Namespace) -> None:
 def parse_evaluate(argv: list[str], description: str | None = None) -> argparse.Namespace:
     parser = make_parser(description)
     add_images(parser)
+    parser.add_argument(
+        '--results-file', type=csv_path, metavar='FILE', help="also write the columns of timm's validate.py, .csv")
     args = parser.parse_args(argv)
     check_images(args)
     return args

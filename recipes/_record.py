@@ -40,6 +40,22 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding='utf-8', newline='\n')
 
 
+def check_writable(path: Path, option: str) -> None:
+    """See that a file can be written, before the work that it is for; makes its folder.
+
+    Raises:
+        SystemExit: It can't.
+    """
+    try:
+        is_new = not path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open('a').close()  # leaves what is there
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise SystemExit(f'{option} {path} cannot be written: {error}') from error
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON that every program can read.
 

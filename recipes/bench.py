@@ -10,8 +10,8 @@ the rest is without. All take turns in every round, the order reversed each time
 the rounds, to the static network in the memory format that is faster. With --layers it times single convolutions by
 each algorithm instead.
 
-Writes recipes/results/bench/<device>.json (<device>.layers.json). `--table` prints the documentation's table from all
-such files and measures nothing.
+Writes recipes/results/bench/<device>.json (<device>.layers.json), and with --results-file the columns of timm's
+benchmark.py. `--table` prints the documentation's table from all such files and measures nothing.
 """
 import sys
 
@@ -32,7 +32,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from _accelerator import usable_cores
-from _record import circumstances, device_name, read_json, write_for_device
+from _record import check_writable, circumstances, device_name, read_json, write_for_device
+from _results_file import benchmark_rows, write_results
 from _turns import STATIC, ratio, take_turns
 from torch import nn
 
@@ -240,7 +241,10 @@ def make_table() -> str:
     return '\n'.join(lines).strip()
 
 
-def main(models: list[str], layers: bool, edge: bool, rounds: int, table: bool, data: Namespace | None) -> None:
+def main(
+        models: list[str], layers: bool, edge: bool, rounds: int, table: bool, results_file: Path | None,
+        data: Namespace | None,
+) -> None:
     if table:
         print(make_table(), _bench_data.make_table(), _bench_edge.make_tables(), sep='\n\n')
         return
@@ -253,6 +257,8 @@ def main(models: list[str], layers: bool, edge: bool, rounds: int, table: bool, 
     missing = [name for name in models if not {f'{name}_{method}' for method in METHODS} <= {*timm.list_models()}]
     if missing:
         raise SystemExit(f'--models must have dynamic forms ({", ".join(METHODS)}), got {", ".join(missing)}')
+    if results_file:
+        check_writable(results_file, '--results-file')
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     measured = (bench_layers if layers else bench_networks)(models, device, rounds)
     write_for_device(RESULTS, '.layers' if layers else '', dict(
@@ -260,6 +266,8 @@ def main(models: list[str], layers: bool, edge: bool, rounds: int, table: bool, 
         precision='bf16' if device.type == 'cuda' else 'fp32', image_size=IMAGE_SIZE, rounds=rounds,
         **circumstances('bench.py'), cases=measured,
     ))
+    if results_file:
+        write_results(results_file, benchmark_rows(measured, IMAGE_SIZE))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """Score a checkpoint:  accelerate launch recipes/evaluate.py <checkpoint> --dataset <digits, Hub id or folder>
 
-Prints one number per line. The checkpoint is a folder (of a training run, or any that timm's `local-dir:` loads), a Hub
-repository (`hf-hub:org/name`) or a model with a tag that is registered in timm (`resnet18_fmd.<tag>`).
+Prints one number per line; --results-file also writes the columns of timm's validate.py. The checkpoint is a folder (of
+a training run, or any that timm's `local-dir:` loads), a Hub repository (`hf-hub:org/name`) or a model with a tag that
+is registered in timm (`resnet18_fmd.<tag>`).
 
 With --validation-share it is scored on the images that its training run held out by the same option.
 """
@@ -14,16 +15,18 @@ if __name__ == '__main__':  # before the imports below, which take seconds
     arguments = parse_evaluate(sys.argv[1:], __doc__)
     end_with_launcher()
 
+from functools import partial
 from pathlib import Path
 
-from _accelerator import PROCESS_GROUP, auto_precision, usable_cores, use_all_cores
+from _accelerator import PROCESS_GROUP, auto_precision, on_main, usable_cores, use_all_cores
 from _data import LabelledImages, StreamedImages, refuse_bad_images
 from _dataset import choose_parts, open_dataset, take_parts
 from _loaders import Normalize, eval_transform
 from _matching import match_classes
 from _measure import count_gmacs, peak_memory_mib, score, time_inference
 from _recipe import VALIDATION_SPLITS
-from _record import device_name, read_json
+from _record import check_writable, device_name, read_json
+from _results_file import validation_row, write_results
 from _sources import find_source, load_network
 from _streaming import OwnGroups
 from accelerate import Accelerator
@@ -49,6 +52,7 @@ def main(
         streaming: bool,
         batch_size: int,
         num_workers: int,
+        results_file: Path | None,
 ) -> None:
     precision = auto_precision()
     accelerator = Accelerator(
@@ -56,6 +60,8 @@ def main(
         dataloader_config=DataLoaderConfiguration(split_batches=True), kwargs_handlers=[PROCESS_GROUP],
     )
     use_all_cores(accelerator)
+    if results_file:
+        on_main(accelerator, partial(check_writable, results_file, '--results-file'))
     if batch_size < 1 or batch_size % accelerator.num_processes:
         raise SystemExit(
             f'--batch-size must be a multiple of the {accelerator.num_processes} processes, got {batch_size}')
@@ -83,6 +89,8 @@ def main(
         print(f'GMACs: {count_gmacs(model, data_config["input_size"]):.4g}')
         print(f'device: {accelerator.num_processes} x {device_name(accelerator.device)}')
         print(f'precision: {precision}')
+        if results_file:
+            write_results(results_file, [validation_row(checkpoint, model, metrics, data_config)])
     accelerator.end_training()
 
 

@@ -26,7 +26,7 @@ import torch
 from _classes import printable
 from _exported import FORMATS, Metadata, Run
 from _images import BadImage, read_file, suffixes
-from _record import write_text
+from _record import check_writable, write_text
 from _sources import find_source, load_network
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ import fmd_timm  # noqa: F401, registers the models
 def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> None:
     paths = find_images(images)
     if output:
-        check_writable(output)
+        check_writable(output, '--output')
     classify, (data_config, names) = open_checkpoint(checkpoint)
     read = reader(data_config)
 
@@ -119,14 +119,6 @@ def find_images(arguments: list[Path]) -> list[Path]:
             raise SystemExit(f'image {argument} was not found, expected a file or a folder')
         paths += found
     return paths
-
-
-def check_writable(output: Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.open('a').close()  # leaves what is there
-    except OSError as error:
-        raise SystemExit(f'--output {output} cannot be written: {error}') from error
 
 
 def write_predictions(output: Path, predictions: list[dict[str, Any]]) -> None:
