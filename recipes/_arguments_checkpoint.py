@@ -57,6 +57,8 @@ def parse_predict(argv: list[str], description: str | None = None) -> argparse.N
     parser.add_argument('checkpoint', help='folder, hf-hub:owner/name, registered model.tag, or an exported .onnx file')
     parser.add_argument('images', nargs='+', type=path, help='files, or folders of them')
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print for each image (5)')
+    parser.add_argument(
+        '--format', choices=('text', 'csv', 'json'), default='text', help='how they are printed (text, image by image)')
     parser.add_argument('--output', type=Path, metavar='FILE', help='also write them to a file, .csv or .json')
     args = parser.parse_args(argv)
     if args.top < 1:

@@ -1,12 +1,13 @@
-"""Classify images:  python recipes/predict.py <checkpoint> <images ...> [--top K] [--output FILE.csv|.json]
+"""Classify images:  python recipes/predict.py <checkpoint> <images ...> [--top K] [--format csv|json] [--output FILE]
 
 Prints the most probable classes of each image with their names. The checkpoint is a folder (of a training run, or any
 that timm's `local-dir:` loads), a Hub repository (`hf-hub:owner/name`) or a model with a tag that is registered in timm
 (`resnet18_fmd.<tag>`), or an ONNX file of recipes/export.py, which onnxruntime computes with nothing but the file. An
 image is a file that Pillow reads, or a folder of such files.
 
---output also writes them: as CSV a row for each image and class, as JSON a list of images with their classes. An image
-that can't be read is left out with a warning, and the exit code is then 1.
+--format prints them in another form once all are there, and --output also writes them to a file, by its ending: as CSV
+a row for each image and class, as JSON a list of images with their classes. An image that can't be read is left out
+with a warning, and the exit code is then 1.
 """
 import sys
 
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 import fmd_timm  # noqa: F401, registers the models
 
 
-def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> None:
+def main(checkpoint: str, images: list[Path], top: int, format: str, output: Path | None) -> None:
     paths = find_images(images)
     if output:
         check_writable(output, '--output')
@@ -52,11 +53,14 @@ def main(checkpoint: str, images: list[Path], top: int, output: Path | None) -> 
             best = best_classes(classify(image), names, top)
         predictions.append(dict(
             image=str(path), classes=[dict(label=name, probability=probability) for name, probability in best]))
-        print(printable(str(path)))
-        for name, probability in best:
-            print(f'{100 * probability:8.2f} %  {printable(name)}')
+        if format == 'text':
+            print(printable(str(path)))
+            for name, probability in best:
+                print(f'{100 * probability:8.2f} %  {printable(name)}')
+    if format != 'text':
+        print(*map(printable, WRITTEN[format](predictions).split('\n')), sep='\n', end='')
     if output:
-        write_predictions(output, predictions)
+        write_text(output, WRITTEN[output.suffix[1:]](predictions))
     unread = len(paths) - len(predictions)
     if unread:
         raise SystemExit(f'{unread} of {len(paths)} images could not be read')
@@ -121,19 +125,21 @@ def find_images(arguments: list[Path]) -> list[Path]:
     return paths
 
 
-def write_predictions(output: Path, predictions: list[dict[str, Any]]) -> None:
-    """As JSON or CSV, by the ending."""
-    if output.suffix == '.json':
-        text = json.dumps(predictions, indent=2, ensure_ascii=False) + '\n'
-    else:
-        table = io.StringIO()
-        rows = csv.writer(table, lineterminator='\n')
-        rows.writerow(['image', 'rank', 'label', 'probability'])
-        for prediction in predictions:
-            for rank, found in enumerate(prediction['classes'], 1):
-                rows.writerow([prediction['image'], rank, found['label'], found['probability']])
-        text = table.getvalue()
-    write_text(output, text)
+def as_csv(predictions: list[dict[str, Any]]) -> str:
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator='\n')
+    rows.writerow(['image', 'rank', 'label', 'probability'])
+    for prediction in predictions:
+        for rank, found in enumerate(prediction['classes'], 1):
+            rows.writerow([prediction['image'], rank, found['label'], found['probability']])
+    return table.getvalue()
+
+
+def as_json(predictions: list[dict[str, Any]]) -> str:
+    return json.dumps(predictions, indent=2) + '\n'
+
+
+WRITTEN = {'csv': as_csv, 'json': as_json}  # by --format, and by the ending of --output
 
 
 if __name__ == '__main__':

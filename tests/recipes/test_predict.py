@@ -101,6 +101,8 @@ def test_a_terminal_does_not_obey_a_name(pictures, tmp_path, capsys):
     assert len(lines) == 11
     shown = {line.partition('%  ')[2] for line in lines[1:]}
     assert shown == {r'\x1b[31mred\n', 'фото', r'a\u202eb', *NAMES[3:]}
+    for format in 'csv', 'json':
+        assert all(map(str.isprintable, run(capsys, tmp_path, pictures / 'b.png', '--top', 10, '--format', format)))
 
 
 def test_a_folder_has_images_that_pillow_reads_and_a_broken_one_is_left_out(checkpoint, pictures, tmp_path, capsys):
@@ -110,10 +112,12 @@ def test_a_folder_has_images_that_pillow_reads_and_a_broken_one_is_left_out(chec
         (tmp_path / name).write_bytes(content)
     (tmp_path / 'broken.png').write_bytes(content[:40])
     with pytest.raises(SystemExit, match='^1 of 2 images could not be read$'):
-        run(capsys, checkpoint, tmp_path, '--top', 2)
+        run(capsys, checkpoint, tmp_path, '--top', 2, '--output', tmp_path / 'found.json')
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(tmp_path / 'good.png'), *expected(checkpoint, pictures / 'b.png', 2)]
     assert f'warning: image {tmp_path / "broken.png"} cannot be decoded: ' in err
+    found, = json.loads((tmp_path / 'found.json').read_text())
+    assert found['image'] == str(tmp_path / 'good.png')
 
 
 def test_predictions_are_written_as_well(checkpoint, pictures, tmp_path, capsys):
@@ -130,6 +134,20 @@ def test_predictions_are_written_as_well(checkpoint, pictures, tmp_path, capsys)
     assert [(r['image'], r['rank'], r['label'], float(r['probability'])) for r in rows] == [
         (image['image'], str(rank), c['label'], c['probability'])
         for image in found for rank, c in enumerate(image['classes'], 1)]
+
+
+@pytest.mark.parametrize('format', ['csv', 'json'])
+def test_what_is_printed_is_what_is_written(format, checkpoint, pictures, tmp_path, capsys):
+    file = tmp_path / f'p.{format}'
+    lines = run(capsys, checkpoint, pictures, '--top', 2, '--format', format, '--output', file)
+    assert lines == file.read_text().splitlines() and len(lines) > 4
+
+
+def test_images_go_to_the_accelerator_whatever_it_is(checkpoint, monkeypatch):
+    """A GPU, or MPS on a Mac."""
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda check_available: torch.device('meta'))
+    classify, _ = predict.open_checkpoint(str(checkpoint))
+    assert classify(torch.zeros(1, 3, 8, 8)).device.type == 'meta'
 
 
 def test_bad_arguments_are_named(checkpoint, pictures, tmp_path, capsys):
