@@ -225,7 +225,7 @@ def make_table() -> str:
         lines += [
             f'{record["device"]}, {record["precision"]}, torch {record["versions"]["torch"]}, '
             f'median of {record["rounds"]} rounds:', '',
-            "| | static | **FMDConv** | not timed | as the authors' | ODConv | DyConv | CondConv |",
+            "| | static, ms | **FMDConv** | not timed | as the authors' | ODConv | DyConv | CondConv |",
             '|---|---|---|---|---|---|---|---|',
         ]
         for case in record['cases']:
@@ -236,7 +236,7 @@ def make_table() -> str:
             runs = [chosen, 'fmd', 'fmd by reference', 'od timed', 'dy timed', 'cond timed']
             ratios = [f'{ratio(times, run if run in times else run.removesuffix(" timed")):.2f}' for run in runs]
             ratios = ' | '.join([f'**{ratios[0]}**', *ratios[1:]])
-            lines.append(f'| {case["model"]}, {mode}, batch {case["batch"]}{threads} | {static:.1f} ms | {ratios} |')
+            lines.append(f'| {case["model"]}, {mode}, batch {case["batch"]}{threads} | {static:.1f} | {ratios} |')
         lines.append('')
     return '\n'.join(lines).strip()
 
