@@ -46,6 +46,7 @@ ROWS = (
     ('ies_infer', 'IES of inference, ms', 1),
     ('rcs_infer', 'RCS of inference, 1/s', 1),
 )
+SUMMARY = 'parameters', 'gmacs', 'top1', 'epoch_seconds', 'infer_ms_per_image'
 
 
 def settings(record: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +200,17 @@ def make_table(comparison: dict[str, Any]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def make_summary(comparison: dict[str, Any]) -> str:
+    """Gain and price in Markdown: a row per model, in parentheses relative to the static network."""
+    models, static = comparison['models'], comparison['static']
+    rows = [row for row in ROWS if row[0] in SUMMARY]
+    lines = ['| network | ' + ' | '.join(label for _, label, _ in rows) + ' |', '|---' * (1 + len(rows)) + '|']
+    for name, figures in models.items():
+        cells = [_cell(figures, row, factor, name == static) for row, _, factor in rows]
+        lines.append(f'| `{name}` | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
 def _cell(figures: dict, row: str, factor: float, is_static: bool) -> str:
     value, relative = figures[row], figures['relative'][row]
     if row in ('top1', 'top5'):
@@ -222,7 +234,7 @@ def _percent(ratio: float) -> str:
 
 
 def write(folder: Path) -> str:
-    """Write comparison.json, table.md and the pictures of the records in the folder; returns the table.
+    """Write comparison.json, table.md, summary.md and the pictures of the records in the folder; returns the table.
 
     The models are those that timing.json lists, the first of them the static network.
 
@@ -243,6 +255,7 @@ def write(folder: Path) -> str:
     table = make_table(comparison)
     write_json(folder / 'comparison.json', comparison)
     write_text(folder / 'table.md', table)
+    write_text(folder / 'summary.md', make_summary(comparison))
     _pictures.save(_pictures.draw_training(comparison), folder / 'training')
     _pictures.save(_pictures.draw_inference(comparison), folder / 'inference')
     return table

@@ -379,11 +379,13 @@ def test_published_results_are_those_of_their_records(comparison, tmp_path):
     folder = comparison.parent
     copied = Path(shutil.copytree(folder, tmp_path / folder.name))
     assert _report.write(copied) == (folder / 'table.md').read_text()
-    assert (copied / 'comparison.json').read_text() == (folder / 'comparison.json').read_text()
+    for name in 'comparison.json', 'summary.md':
+        assert (copied / name).read_text() == (folder / name).read_text()
 
 
 @pytest.mark.skipif(not (RESULTS / 'digits').exists(), reason='no published results of digits')
-def test_the_page_shows_the_published_table_and_picture_of_digits():
+def test_the_pages_show_the_published_tables_and_picture_of_digits():
     page = PAGE.read_text()
     assert (RESULTS / 'digits' / 'table.md').read_text() in page
+    assert (RESULTS / 'digits' / 'summary.md').read_text() in (PAGE.parents[1] / 'README.md').read_text()
     assert '(results/digits/training.png)' in page and (RESULTS / 'digits' / 'training.png').exists()
