@@ -86,7 +86,7 @@ class DynamicAttention(nn.Module):
     Args:
         num_kernels: K.
     """
-    last_layers = ()  # names of the linear maps in front of sigmoid and softmax
+    last_layers: tuple[str, ...] = ()  # names of the linear maps in front of sigmoid and softmax
 
     def __init__(self, num_kernels: int):
         super().__init__()
