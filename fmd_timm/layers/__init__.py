@@ -7,7 +7,8 @@ from .fmd_conv import FMDAttention, FMDConv2d
 from .od_conv import ODConv2d, ODConvAttention
 from .temperature import annealed_temperature, set_temperature
 
-METHODS = {layer.suffix: layer for layer in (CondConv2d, DyConv2d, ODConv2d, FMDConv2d)}
+METHODS: dict[str, type[DynamicConv2d]] = {
+    layer.suffix: layer for layer in (CondConv2d, DyConv2d, ODConv2d, FMDConv2d)}
 
 __all__ = [
     'METHODS', 'CondConv2d', 'CondConvAttention', 'DyConv2d', 'DyConvAttention', 'DynamicAttention', 'DynamicConv2d',
