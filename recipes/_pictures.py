@@ -112,9 +112,9 @@ def draw_mixes(
         means: The same of a dataset on average, which is marked.
         name: Of the dataset.
     """
-    columns = min(len(mixes), 7)
+    columns = min(len(mixes), 6)
     rows = math.ceil(len(mixes) / columns)
-    figure = Figure(figsize=(12, 0.6 + 1.3 * rows), layout='constrained')
+    figure = Figure(figsize=(12, 0.4 + 1.3 * rows), dpi=130, layout='constrained')
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes, (layer, mix) in zip(panels, mixes.items()):
         kernels = range(1, len(mix) + 1)

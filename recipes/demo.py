@@ -21,11 +21,12 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"recipes/demo.py needs {error.name}: pip install -e '.[demo]'") from error
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from _compared import read_unlabelled
-from _data import refuse_bad_images
+from _data import LabelledImages, refuse_bad_images
 from _dataset import dataset_name, open_dataset
 from _dynamics import check_dynamic, kernel_means, observe, watched
 from _images import BadImage
@@ -34,17 +35,20 @@ from _pictures import draw_mixes
 from _recipe import VALIDATION_SPLITS
 from predict import best_classes, open_network, reader
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 from fmd_timm import DynamicConv2d
 
 TOP = 5  # classes
 BATCH = 64  # images of the dataset at a time
+SAMPLES = 10  # of its images that are offered
+CSS = '#image img {object-fit: contain; width: 100%; height: 100%}'  # small images, too, fill their place
 
 
 @refuse_bad_images()
 def main(checkpoint: str, dataset: str | None, twin: str | None, share: bool) -> None:
     page = make_page(checkpoint, dataset, twin)
-    page.launch(share=share, show_error=True, max_file_size=20 * gr.FileSize.MB)
+    page.launch(css=CSS, share=share, max_file_size=20 * gr.FileSize.MB)
 
 
 def make_page(checkpoint: str, dataset: str | None = None, twin: str | None = None) -> gr.Blocks:
@@ -58,18 +62,19 @@ def make_page(checkpoint: str, dataset: str | None = None, twin: str | None = No
         if its.label_names != metadata.label_names:
             raise SystemExit(f'--twin must be a network of the same classes as {checkpoint}, got {twin}')
         networks.append((other, reader(its.data_config)))
-    means = mean_mixes(network, metadata.data_config, dataset) if dataset else None
+    images = open_images(dataset, metadata.data_config) if dataset else None
+    means = mean_mixes(network, metadata.data_config, images) if images else None
 
     def answer(path: str | None) -> list[Any]:
         """The classes by each network, and the picture; nothing of an image that was taken away."""
         if path is None:
             return [None] * (len(networks) + 1)
         try:
-            images = [read(Path(path)) for _, read in networks]
+            inputs = [read(Path(path)) for _, read in networks]
         except BadImage as error:
-            raise gr.Error(str(error).replace(path, Path(path).name)) from error
+            raise gr.Error(str(error).replace(path, Path(path).name), print_exception=False) from error
         with torch.inference_mode(), watched(network) as layers:
-            logits = [net(image.to(next(net.parameters()).device)) for (net, _), image in zip(networks, images)]
+            logits = [net(x.to(next(net.parameters()).device)) for (net, _), x in zip(networks, inputs)]
         return [
             *(dict(best_classes(each, metadata.label_names, TOP)) for each in logits),
             draw_mixes(kernel_means(layers), means, dataset and dataset_name(dataset))]
@@ -77,22 +82,39 @@ def make_page(checkpoint: str, dataset: str | None = None, twin: str | None = No
     with gr.Blocks(title=name_of(network), analytics_enabled=False) as page:
         gr.Markdown(describe(network))
         with gr.Row():
-            image = gr.Image(label='Image', type='filepath', height=320)
+            image = gr.Image(label='Image', type='filepath', height=320, elem_id='image')
             image.preprocess = lambda upload: upload and upload.path  # the very file; gr.Image would open it first
             labels = [gr.Label(label=name_of(net), num_top_classes=TOP) for net, _ in networks]
-        plot = gr.Plot(label='How the image mixes the kernels of each layer')
+        if images:
+            with TemporaryDirectory() as folder:  # gradio keeps copies
+                gr.Examples(sample_files(images, Path(folder)), image, label=f'Images of {dataset_name(dataset)}')
+        gr.Markdown('## How the image mixes the kernels of each layer')
+        plot = gr.Plot(show_label=False)
         image.change(answer, image, [*labels, plot])
     return page
 
 
-def mean_mixes(network: nn.Module, data_config: dict[str, Any], dataset: str) -> dict[str, list[float]]:
-    """What the images of a dataset give each kernel of each layer on average."""
+def open_images(dataset: str, data_config: dict[str, Any]) -> LabelledImages:
+    """Of a dataset, with the transform of validation; their labels mean nothing."""
     if data_config['input_size'][0] != 3:
         raise SystemExit(f'--dataset is for networks for images of 3 channels, got {data_config["input_size"][0]}')
     images = read_unlabelled(open_dataset(dataset), dataset, (*VALIDATION_SPLITS, 'train'))
     images.transform = eval_transform(data_config)
+    return images
+
+
+def mean_mixes(network: nn.Module, data_config: dict[str, Any], images: LabelledImages) -> dict[str, list[float]]:
+    """What the images give each kernel of each layer on average."""
     normalize = Normalize(data_config['mean'], data_config['std']).to(next(network.parameters()).device)
     return kernel_means(observe(network, images, normalize, BATCH))
+
+
+def sample_files(images: LabelledImages, folder: Path) -> list[str]:
+    """Some of the images as files, evenly spread."""
+    paths = [folder / f'{place}.png' for place in images.sample(SAMPLES)]
+    for path in paths:
+        to_pil_image(images.read(int(path.stem))[0]).save(path)
+    return [str(path) for path in paths]
 
 
 def name_of(network: nn.Module) -> str:

@@ -1,4 +1,10 @@
 """recipes/demo.py: the page says what predict.py and inspect_attention.py say of the same image."""
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,7 @@ import tiny
 import torch
 from _dataset import load_digits
 from _dynamics import watched
+from PIL import Image
 
 from fmd_timm import DynamicConv2d
 from fmd_timm.hub import save_for_hub
@@ -47,8 +54,8 @@ def picture(tmp_path_factory):
 
 def answer_of(page):
     """What the page calls with a file."""
-    function, = page.fns.values()
-    return function.fn
+    answer, = [function.fn for function in page.fns.values() if function.name == 'answer']
+    return answer
 
 
 def shown(classes):
@@ -82,6 +89,14 @@ def test_the_bars_are_the_kernels_of_the_image_beside_the_mean_over_a_dataset(
         assert bars == pytest.approx(of_image[name].means()[0][0].tolist(), abs=1e-6)
         assert list(marks) == pytest.approx(of_all[name].means()[0][0].tolist(), abs=1e-4)
     assert f'mean over {digits_folder.name}' in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_some_images_of_the_dataset_are_offered(checkpoint, digits_folder):
+    page = demo.make_page(checkpoint, dataset=str(digits_folder))
+    offered, = [block for block in page.blocks.values() if isinstance(block, gradio.Dataset)]
+    assert len(offered.samples) == demo.SAMPLES
+    with Image.open(offered.samples[-1][0]['path']) as last:
+        assert last.tobytes() == load_digits()['test'][49]['image'].convert('RGB').tobytes()
 
 
 def test_without_a_dataset_there_is_no_mean_and_without_an_image_nothing(checkpoint, picture):
@@ -119,3 +134,48 @@ def test_what_cannot_be_shown_is_refused(checkpoint, twin, tmp_path):
     ]:
         with pytest.raises(SystemExit, match=f'^{message}'):
             demo.make_page(*arguments)
+
+
+@pytest.fixture
+def browser():
+    """Chromium, to which no machine but this one has an address."""
+    driver = pytest.importorskip('playwright.sync_api', reason='a browser needs its driver: pip install playwright')
+    chromium = shutil.which('chromium') or shutil.which('google-chrome')
+    if chromium is None:
+        pytest.skip('there is no Chromium')
+    with driver.sync_playwright() as playwright:
+        arguments = ['--no-sandbox', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']
+        opened = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield opened
+        opened.close()
+
+
+@pytest.mark.slow
+def test_a_browser_without_the_internet_shows_the_page(browser, picture, digits_folder, tmp_path, capsys):
+    checkpoint, twin = (save_network(tmp_path / name, name) for name in ('resnet20_fmd_cifar', 'resnet20_cifar'))
+    broken = tmp_path / 'notes.png'
+    broken.write_bytes(b'no image at all')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, RECIPES / 'demo.py', checkpoint, '--dataset', str(digits_folder), '--twin', twin],
+        env=dict(os.environ, GRADIO_SERVER_PORT=str(port)), stdout=subprocess.PIPE, text=True)
+    try:
+        url = next(found[0] for line in server.stdout if (found := re.search(f'http://127.0.0.1:{port}', line)))
+        page, asked = browser.new_page(), []
+        page.on('request', lambda request: asked.append(request.url))
+        page.goto(url)
+        page.set_input_files('input[type=file]', picture)
+        page.get_by_role('img', name='plot').or_(page.locator('.matplotlib img')).wait_for()
+        text = page.inner_text('body')
+        for source in checkpoint, twin:
+            predict.main(source, [Path(picture)], demo.TOP, None)
+            best = capsys.readouterr().out.splitlines()[1].partition('%  ')[2]
+            assert best in text
+        page.set_input_files('input[type=file]', str(broken))
+        page.get_by_text('image notes.png cannot be decoded').wait_for()
+        assert not [address for address in asked if not address.startswith((url, 'data:', 'blob:'))]
+    finally:
+        server.kill()
+        server.communicate()
