@@ -167,14 +167,14 @@ def test_a_browser_without_the_internet_shows_the_page(browser, picture, digits_
         page.on('request', lambda request: asked.append(request.url))
         page.goto(url)
         page.set_input_files('input[type=file]', picture)
-        page.get_by_role('img', name='plot').or_(page.locator('.matplotlib img')).wait_for()
+        page.get_by_test_id('matplotlib').locator('img').wait_for()
         text = page.inner_text('body')
         for source in checkpoint, twin:
             predict.main(source, [Path(picture)], demo.TOP, None)
             best = capsys.readouterr().out.splitlines()[1].partition('%  ')[2]
             assert best in text
         page.set_input_files('input[type=file]', str(broken))
-        page.get_by_text('image notes.png cannot be decoded').wait_for()
+        page.get_by_text('image notes.png cannot be decoded').first.wait_for()
         assert not [address for address in asked if not address.startswith((url, 'data:', 'blob:'))]
     finally:
         server.kill()
