@@ -97,7 +97,9 @@ class Rounds(Strategy):
         taken = self.take(replies, with_arrays=True)
         if not taken:
             dropped = '; '.join(f'{client}: {reason}' for client, reason in self.record['dropped'])
-            raise SystemExit(f'round {self.done + server_round}: no client sent a network ({dropped})')
+            raise SystemExit(
+                f'round {self.done + server_round}: no client sent a network ({dropped}); the same command tries that '
+                f'round again')
         # Always in the same order, because sums of floating-point numbers depend on it.
         taken.sort(key=lambda item: (item[0].content['config']['partition-id'], item[0].metadata.src_node_id))
         counts = [reply.content['metrics']['num-examples'] for reply, _ in taken]
@@ -157,5 +159,6 @@ class Rounds(Strategy):
         return unpack(content['arrays'], self.like) if with_arrays else {}
 
     def drop(self, node: int, reason: str) -> None:
+        reason = ' '.join(reason.split())  # Ray's have several lines
         self.record['dropped'].append((node, reason))
         print(f'round {self.record["round"]}: client {node} is dropped: {reason}', flush=True)

@@ -63,7 +63,11 @@ def main(
     run_simulation(
         simulated, client_app, federation.num_supernodes,
         backend_config=dict(
-            client_resources=dict(num_cpus=cores // parallel or cores / parallel, num_gpus=gpus / parallel),
+            # Ray's options of its workers: one that is killed is started again and has another try at its message.
+            # Flower would go on giving messages to the dead one, and each would fail.
+            client_resources=dict(
+                num_cpus=cores // parallel or cores / parallel, num_gpus=gpus / parallel, max_restarts=-1,
+                max_task_retries=1),
             init_args=dict(num_cpus=cores, num_gpus=gpus, log_to_driver=False)))
     if refusals:
         raise SystemExit(refusals[0])

@@ -188,7 +188,7 @@ def without_partition(reply):
 
 def fail(reply):
     """What Flower makes of an exception, and where a node has gone."""
-    failed = Message(Error(3, 'out of memory'), reply_to=reply)
+    failed = Message(Error(3, 'The actor died.\n\tclass_name: ClientAppActor'), reply_to=reply)
     failed.metadata.__dict__.update(_src_node_id=1, _reply_to_message_id=reply.metadata.reply_to_message_id)
     return failed
 
@@ -196,7 +196,7 @@ def fail(reply):
 NOT_NUMBERS = 'expected num-examples, train_loss'
 SPOILED = dict(
     vanished=(spoiled(lambda reply: None), 'no answer within 3600 s'),
-    failed=(spoiled(fail), 'out of memory'),
+    failed=(spoiled(fail), 'The actor died. class_name: ClientAppActor'),
     nan=(replace_array(lambda of: Array(of.numpy() * np.float32('nan'))), 'is not finite'),
     infinite=(replace_array(lambda of: Array(of.numpy() + np.float32('inf'))), 'is not finite'),
     shape=(replace_array(lambda of: Array(of.numpy()[:1])), 'expected floating-point numbers'),
