@@ -1,5 +1,10 @@
 """recipes/publish.py --space: the page of recipes/demo.py as a Space."""
+import json
 import os
+import socket
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import processes
@@ -45,6 +50,13 @@ def publish_here(hub, run, monkeypatch):
     return publish_it
 
 
+def save(space, folder):
+    """The files of a Space, as the Hub gives them to the machine that runs it."""
+    for name, content in space.at('main').items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 def test_a_space_holds_the_page_and_whatever_it_imports(hub, publish_here, tmp_path, capsys):
     space = publish_here()
     assert 'acme/digits' in hub.repos and f'{hub.endpoint}/spaces/{SPACE}' in capsys.readouterr().out
@@ -58,11 +70,28 @@ def test_a_space_holds_the_page_and_whatever_it_imports(hub, publish_here, tmp_p
     data = SpaceCard(files['README.md'].decode()).data
     assert (data.sdk, data.app_file, data.models, data.license) == ('gradio', 'app.py', ['acme/digits'], 'apache-2.0')
 
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
+    save(space, tmp_path)
     done = processes.run('-c', IMPORT, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(CHECKOUT)))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_space_starts_with_the_network_of_the_hub(publish_here, tmp_path):
+    pytest.importorskip('gradio', reason="the page needs gradio: pip install -e '.[demo]'")
+    save(publish_here(), tmp_path)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, 'app.py'], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env=dict(os.environ, PYTHONPATH=str(CHECKOUT), GRADIO_SERVER_PORT=str(port)))
+    try:
+        assert any(f'127.0.0.1:{port}' in line for line in server.stdout)
+        with urllib.request.urlopen(f'http://127.0.0.1:{port}/config') as answer:
+            assert json.load(answer)['title'] == 'resnet18_fmd_cifar'
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_a_space_is_published_again_without_what_the_page_no_longer_imports(hub, publish_here):
