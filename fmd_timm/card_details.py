@@ -59,4 +59,4 @@ def comparison(record: dict[str, Any]) -> str:
     }
     rows = [columns, ['---'] * len(columns), *(
         [cell(r) for cell in columns.values()] for r in (record['twin'], record))]
-    return COMPARISON.substitute(table='\n'.join(f'|{"|".join(row)}|' for row in rows))
+    return COMPARISON.substitute(table='\n'.join(f'|{"|".join(row)}|' for row in rows)).rstrip()
