@@ -47,8 +47,8 @@ def train_all(
         seeds: int,
         output: Path,
         parallel: int | None = None,
-) -> None:
-    """Train every network with every seed, and write the table; finished runs are kept, others go on.
+) -> str:
+    """Train every network with every seed, and write the table, which comes back; finished runs are kept, others go on.
 
     Raises:
         SystemExit: A value can't work, the folder holds another run, or no client sends a network.
@@ -64,7 +64,7 @@ def train_all(
                 continue
             print(f'{folder.resolve()}:', flush=True)
             serve(grid, preset, asked, federation, folder)
-    print(_federated_report.write(output))
+    return _federated_report.write(output)
 
 
 def serve(grid: Grid, preset: str, asked: Recipe, federation: Federation, output: Path) -> dict[str, Any]:

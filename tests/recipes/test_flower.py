@@ -2,6 +2,7 @@
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -38,11 +39,15 @@ def wait_for(found, log):
     return it
 
 
-def test_flowers_simulation_one_worker_of_which_is_killed(tmp_path):
-    """It is started again, and its client has another try."""
+def test_flowers_simulation_goes_on_when_it_was_stopped_and_when_a_worker_is_killed(tmp_path):
+    """A worker is started again, and its client has another try."""
     pytest.importorskip('ray', reason="Flower's simulation needs Ray: pip install -e '.[federated]'")
     command = [sys.executable, ROOT / 'recipes/federated.py', 'digits', *SMALL, '--output', tmp_path]
     log = tmp_path / 'log'
+
+    def start():
+        with log.open('ab') as out:
+            return subprocess.Popen(command, stdout=out, stderr=out, env=environment(tmp_path / 'home'))
 
     def busy_worker():
         assert simulation.poll() is None, log.read_text()
@@ -52,10 +57,14 @@ def test_flowers_simulation_one_worker_of_which_is_killed(tmp_path):
                     return process
         return None
 
-    with log.open('wb') as out:
-        simulation = subprocess.Popen(command, stdout=out, stderr=out, env=environment(tmp_path / 'home'))
+    simulation = start()
     try:
         wait_for((tmp_path / AFTER_ROUND_1).exists, log)
+        wait_for(busy_worker, log)
+        simulation.terminate()
+        assert simulation.wait(120) == 128 + signal.SIGTERM, log.read_text()
+        assert 'stopped: the same command goes on after the last whole round' in log.read_text()
+        simulation = start()
         wait_for(busy_worker, log).kill()
         assert simulation.wait(PATIENCE) == 0, log.read_text()
     finally:
