@@ -524,8 +524,9 @@ def test_the_flower_app_takes_the_arguments_of_the_command(digits_folder, tmp_pa
         federated.server_app(Clients(2), context)
 
 
-def test_the_page_has_the_measured_table():
-    folder = ROOT / 'recipes/results/federated/digits'
+@pytest.mark.parametrize('dataset', ['digits', 'cifar10'])
+def test_the_page_has_the_measured_table(dataset):
+    folder = ROOT / 'recipes/results/federated' / dataset
     table = (folder / 'table.md').read_text()
     assert table in (ROOT / 'recipes/FEDERATED.md').read_text()
     assert _federated_report.make_table(_federated_report.read_records(folder)) == table
