@@ -100,6 +100,8 @@ def parse_laboratory(argv: list[str], description: str | None = None) -> argpars
     parser.add_argument(
         '--mixed', action='store_true', help='a quarter of the images each as they are, upside down, in negative, and '
         'with red and blue exchanged: more kinds of images than classes say')
+    parser.add_argument(
+        '--whole', action='store_true', help='train the whole network and not its last stage alone: slower by far')
     parser.add_argument('--image-size', type=int, default=96, help='pixels (96)')
     parser.add_argument('--images', type=int, default=2000, help='to train on, other ones for each seed (2000)')
     parser.add_argument('--epochs', type=int, default=5, help='of a run (5)')

@@ -10,8 +10,8 @@ the rest is without. All take turns in every round, the order reversed each time
 the rounds, to the static network in the memory format that is faster. With --layers it times single convolutions by
 each algorithm instead.
 
-Writes recipes/results/bench/<device>.json (<device>.layers.json), and with --results-file the columns of timm's
-benchmark.py. `--table` prints the documentation's table from all such files and measures nothing.
+Writes recipes/results/bench/<device>.<model>.json (<device>.<model>.layers.json), and with --results-file the columns of
+timm's benchmark.py. `--table` prints the documentation's table from all such files and measures nothing.
 """
 import sys
 
@@ -24,6 +24,7 @@ import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import _bench_data
@@ -56,6 +57,15 @@ def autocast(device: torch.device) -> torch.autocast:
 
 def make_images(batch: int, device: torch.device) -> torch.Tensor:
     return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+
+
+def make_network(name: str, method: str | None = None, **kwargs) -> nn.Module:
+    """timm's network, or the one with dynamic convolutions: by its name, or as `make_dynamic` makes it."""
+    if method is None:
+        return timm.create_model(name, **kwargs)
+    if timm.is_model(f'{name}_{method}'):
+        return timm.create_model(f'{name}_{method}', **kwargs)
+    return timm.create_model('dynamic_cnn', static=name, dynamic=method, **kwargs)
 
 
 def train_step(model: nn.Module, images: torch.Tensor) -> None:
@@ -114,15 +124,15 @@ def variants(name: str, mode: str, batch: int, device: torch.device) -> dict[str
 
         runs[label] = captured(run) if device.type == 'cuda' and mode == 'infer' and batch == 1 else run
 
-    add('static', timm.create_model(name), torch.contiguous_format)
-    add('static channels_last', timm.create_model(name))
-    add('fmd', timm.create_model(f'{name}_fmd'))
+    add('static', make_network(name), torch.contiguous_format)
+    add('static channels_last', make_network(name))
+    add('fmd', make_network(name, 'fmd'))
     for method in METHODS:
-        add(f'{method} timed', timm.create_model(f'{name}_{method}'), timed=True)
+        add(f'{method} timed', make_network(name, method), timed=True)
     if mode == 'infer':
-        add('static prepared', prepare_for_inference(timm.create_model(name)))
-        add('fmd prepared', prepare_for_inference(timm.create_model(f'{name}_fmd')))
-    add('fmd by reference', as_the_authors(timm.create_model(f'{name}_fmd')))
+        add('static prepared', prepare_for_inference(make_network(name)))
+        add('fmd prepared', prepare_for_inference(make_network(name, 'fmd')))
+    add('fmd by reference', as_the_authors(make_network(name, 'fmd')))
     return runs
 
 
@@ -131,27 +141,27 @@ def cases(device: torch.device) -> list[tuple[str, int, int]]:
     if device.type == 'cuda':
         return [('train', 128, 0), ('train', 256, 0), ('infer', 128, 0), ('infer', 1, 0)]
     cores = usable_cores()
-    return [('infer', 1, threads) for threads in sorted({1, cores})] + [('infer', 16, cores), ('train', 16, cores)]
+    return [
+        *(('infer', 1, threads) for threads in sorted({1, cores})),
+        *(('infer', batch, cores) for batch in (8, 16)), ('train', 16, cores)]
 
 
-def bench_networks(models: list[str], device: torch.device, rounds: int) -> list[dict]:
+def bench_network(name: str, device: torch.device, rounds: int) -> list[dict]:
     results = []
-    for name in models:
-        for mode, batch, threads in cases(device):
-            if threads:
-                torch.set_num_threads(threads)
-            label = f'{name} {mode} {batch}' + (f' on {threads} threads' if threads else '')
-            milliseconds, peak = take_turns(variants(name, mode, batch, device), device, rounds, label)
-            results.append(dict(
-                model=name, mode=mode, batch=batch, threads=threads or None, milliseconds=milliseconds,
-                peak_memory_mib=peak or None))
-            print(f'{label}: ' + ', '.join(
-                f'{run} {ratio(milliseconds, run):.2f}' for run in milliseconds), flush=True)
+    for mode, batch, threads in cases(device):
+        if threads:
+            torch.set_num_threads(threads)
+        label = f'{name} {mode} {batch}' + (f' on {threads} threads' if threads else '')
+        milliseconds, peak = take_turns(variants(name, mode, batch, device), device, rounds, label)
+        results.append(dict(
+            model=name, mode=mode, batch=batch, threads=threads or None, milliseconds=milliseconds,
+            peak_memory_mib=peak or None))
+        print(f'{label}: ' + ', '.join(f'{run} {ratio(milliseconds, run):.2f}' for run in milliseconds), flush=True)
     return results
 
 
 def layers_of(name: str) -> list[dict]:
-    """The different dynamic convolutions of a network, with the pixels of their input and how often they occur."""
+    """The different dynamic convolutions of a network without groups, their input's pixels and how often they occur."""
     found = {}
 
     def note(conv: DynamicConv2d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -161,9 +171,9 @@ def layers_of(name: str) -> list[dict]:
         count = found.setdefault(tuple(layer.values()), dict(layer, count=0))
         count['count'] += 1
 
-    model = timm.create_model(f'{name}_fmd', device='meta')
+    model = make_network(name, 'fmd', device='meta')
     for module in model.modules():
-        if isinstance(module, DynamicConv2d):
+        if isinstance(module, DynamicConv2d) and module.groups == 1:
             module.register_forward_hook(note)
     model(torch.empty(2, 3, IMAGE_SIZE, IMAGE_SIZE, device='meta'))
     return list(found.values())
@@ -199,36 +209,34 @@ def layer_variants(layer: dict, mode: str, batch: int, device: torch.device) -> 
     return dict(static=static, **{a.__name__.rpartition('.')[2]: partial(dynamic, a) for a in tried})
 
 
-def bench_layers(models: list[str], device: torch.device, rounds: int) -> list[dict]:
+def bench_layers(name: str, device: torch.device, rounds: int) -> list[dict]:
     batches = (128,) if device.type == 'cuda' else (1, 16)
     results = []
-    for name in models:
-        for layer in layers_of(name):
-            for batch in batches:
-                for mode in ('forward', 'backward') if batch > 1 else ('forward',):
-                    label = '{in_channels}->{out_channels} {kernel}x{kernel}/{stride} at {pixels}'.format(**layer)
-                    label = f'{name} {label}, batch {batch}, {mode}'
-                    milliseconds, _ = take_turns(layer_variants(layer, mode, batch, device), device, rounds, label)
-                    results.append(dict(model=name, **layer, batch=batch, mode=mode, milliseconds=milliseconds))
-                    print(f'{label}: ' + ', '.join(
-                        f'{run} {ratio(milliseconds, run):.2f}' for run in milliseconds), flush=True)
+    for layer in layers_of(name):
+        for batch in batches:
+            for mode in ('forward', 'backward') if batch > 1 else ('forward',):
+                label = '{in_channels}->{out_channels} {kernel}x{kernel}/{stride} at {pixels}'.format(**layer)
+                label = f'{name} {label}, batch {batch}, {mode}'
+                milliseconds, _ = take_turns(layer_variants(layer, mode, batch, device), device, rounds, label)
+                results.append(dict(model=name, **layer, batch=batch, mode=mode, milliseconds=milliseconds))
+                print(f'{label}: ' + ', '.join(
+                    f'{run} {ratio(milliseconds, run):.2f}' for run in milliseconds), flush=True)
     return results
 
 
 def make_table() -> str:
     """The table of fmd_timm/ops/README.md, in Markdown: ratios of every device's file."""
-    lines = []
-    for path in sorted(RESULTS.glob('*.json')):
-        record = read_json(path)
-        if record['what'] != 'networks':
-            continue
+    lines, records = [], [read_json(path) for path in sorted(RESULTS.glob('*.json'))]
+    networks = [record for record in records if record['what'] == 'networks']
+    for device, of_device in groupby(networks, lambda record: record['device']):
+        of_device = list(of_device)
+        first = of_device[0]
         lines += [
-            f'{record["device"]}, {record["precision"]}, torch {record["versions"]["torch"]}, '
-            f'median of {record["rounds"]} rounds:', '',
+            f'{device}, {first["precision"]}, torch {first["versions"]["torch"]}, median of {first["rounds"]} rounds:', '',
             "| | static, ms | **FMDConv** | not timed | as the authors' | ODConv | DyConv | CondConv |",
             '|---|---|---|---|---|---|---|---|',
         ]
-        for case in record['cases']:
+        for case in (case for record in of_device for case in record['cases']):
             mode, chosen = WHAT[case['mode']]
             times = case['milliseconds']
             static = min(statistics.median(times[name]) for name in STATIC)
@@ -254,18 +262,22 @@ def main(
     if edge:
         _bench_edge.main(models, rounds)
         return
-    missing = [name for name in models if not {f'{name}_{method}' for method in METHODS} <= {*timm.list_models()}]
-    if missing:
-        raise SystemExit(f'--models must have dynamic forms ({", ".join(METHODS)}), got {", ".join(missing)}')
+    for name in models:
+        try:
+            make_network(name, 'fmd', device='meta')
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(f'--models must be static CNNs of timm, got {name}: {error}') from None
     if results_file:
         check_writable(results_file, '--results-file')
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
-    measured = (bench_layers if layers else bench_networks)(models, device, rounds)
-    write_for_device(RESULTS, '.layers' if layers else '', dict(
-        what='layers' if layers else 'networks', device=device_name(device), device_type=device.type,
-        precision='bf16' if device.type == 'cuda' else 'fp32', image_size=IMAGE_SIZE, rounds=rounds,
-        **circumstances('bench.py'), cases=measured,
-    ))
+    device, measured = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu'), []
+    for name in models:
+        of_model = (bench_layers if layers else bench_network)(name, device, rounds)
+        measured += of_model
+        write_for_device(RESULTS, f'.{name}.layers' if layers else f'.{name}', dict(
+            what='layers' if layers else 'networks', device=device_name(device), device_type=device.type,
+            precision='bf16' if device.type == 'cuda' else 'fp32', image_size=IMAGE_SIZE, rounds=rounds,
+            **circumstances('bench.py'), cases=of_model,
+        ))
     if results_file:
         write_results(results_file, benchmark_rows(measured, IMAGE_SIZE))
 

@@ -198,9 +198,9 @@ def bench(trial: Trial, *options: str) -> str:
 
 def bench_layers(trial: Trial) -> str:
     shown = bench(trial, '--layers')
-    path = Path(shown.rpartition('wrote ')[2].splitlines()[0])
+    written = [Path(line.removeprefix('wrote ')) for line in shown.splitlines() if line.startswith('wrote ')]
     rows = []
-    for case in json.loads(path.read_text())['cases']:
+    for case in (case for path in written for case in json.loads(path.read_text())['cases']):
         times = {name: min(milliseconds) for name, milliseconds in case['milliseconds'].items()}
         static, *dynamic = times
         best = min(dynamic, key=times.get)

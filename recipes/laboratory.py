@@ -2,10 +2,11 @@
 
 Many small fine-tunes of one trained network. The images' features in front of its last stage are computed once. Each
 arm (`_arms.py`) then trains the last stage, static or inflated, and the classifier, as the preset `finetune` does, on
-the same images in the same number of steps, and is scored on images that no arm has seen.
+the same images in the same number of steps, and is scored on images that no arm has seen. With --whole it trains the
+whole network on the images themselves.
 
-Writes a line for each run into <output>/<dataset>_<images>_x_<epochs>.jsonl, and prints their table. Runs that are
-there are not run again.
+Writes a line for each run into <output>/<name>_<images>_x_<epochs>.jsonl, where the name is that of the dataset and of
+what was asked for, and prints their table. Runs that are there are not run again.
 """
 import sys
 
@@ -48,13 +49,19 @@ from fmd_timm.layers import METHODS, DynamicConv2d
 MOST = dict(train=10_000, validation=5_000)  # images whose features are computed
 
 
-def load_tail(asked: str) -> tuple[nn.Module, nn.Module, str]:
-    """A trained network up to its last stage, its last stage and classifier, and the revision of its weights."""
+def load_parts(asked: str, whole: bool) -> tuple[nn.Module, nn.Module, str]:
+    """A trained network up to its last stage, its last stage and classifier, and the revision of its weights.
+
+    With `whole`, nothing but the configuration of the network, and all of it.
+    """
     source = find_source(asked, '--init')
     network = load_network(source, '--init').eval()
     if not isinstance(network, EfficientNet):
         raise SystemExit(f'--init must be an EfficientNet of timm, got {asked!r}, a {type(network).__name__}')
     body, tail = network, copy.deepcopy(network)
+    if whole:
+        body.forward_features = nn.Identity()
+        return body, tail, source.revision
     body.blocks = body.blocks[:-1]
     body.conv_head = body.bn2 = nn.Identity()
     tail.conv_stem = tail.bn1 = nn.Identity()
@@ -235,11 +242,11 @@ def score(model: nn.Module, features: dict[str, Tensor]) -> dict:
 
 
 def main(
-        init: str, dataset: str, mixed: bool, image_size: int, images: int, epochs: int, arms: list[str], seeds: int,
+        init: str, dataset: str, mixed: bool, whole: bool, image_size: int, images: int, epochs: int, arms: list[str], seeds: int,
         output: Path,
 ) -> None:
-    body, tail, revision = load_tail(init)
-    name = Path(dataset).name + ('_mixed' if mixed else '')
+    body, tail, revision = load_parts(init, whole)
+    name = Path(dataset).name + ('_mixed' if mixed else '') + ('_whole' if whole else '')
     about = dict(weights=revision, dataset=name, image_size=str(image_size))
     args = SimpleNamespace(dataset=dataset, mixed=mixed, image_size=image_size)
     features = cached_features(body, args, about, output / f'{name}.safetensors')

@@ -219,8 +219,8 @@ class Pyramid(torch.nn.Module):
         return self.fpn(OrderedDict(zip('0123', self.body(x))))
 
 
-@pytest.mark.parametrize('images_per_step', [1, 2])
-@pytest.mark.parametrize('freeze_batch_norm', [False, True], ids=['batch-norm', 'frozen'])
+@pytest.mark.parametrize('images_per_step, freeze_batch_norm', [
+    (2, False), (1, True), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(2, True, marks=pytest.mark.slow)])
 def test_faster_rcnn_of_torchvision_learns_from_images_of_different_size(images_per_step, freeze_batch_norm):
     torch.manual_seed(0)
     model = FasterRCNN(

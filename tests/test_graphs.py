@@ -19,7 +19,7 @@ from fmd_timm import FMDConv2d, make_dynamic, set_temperature
 ONE_BLOCK = 1, 1, 1, 1
 NETWORKS = {
     'basic': ('resnet18_fmd', {}),
-    'bottleneck': ('resnet50_fmd', {}),
+    'bottleneck': ('resnet50_fmd', dict(layers=ONE_BLOCK)),
     'one_kernel': ('resnet18_fmd', dict(num_kernels=1, layers=ONE_BLOCK)),
     'conv_bias': ('resnet18_fmd', dict(conv_bias=True, layers=ONE_BLOCK)),
 }
@@ -84,7 +84,7 @@ def test_script_follows_the_temperature_of_its_model(model):
     assert not torch.allclose(scripted(x), cold)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('name', ['resnet18_cond', 'resnet18_dy', 'resnet18_od', 'resnet18_fmd'])
 def test_evaluated_network_can_be_traced_by_torch_fx(name, dtype):
     model = make_network(name, layers=ONE_BLOCK).to(dtype)

@@ -89,8 +89,9 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('name', [
-    'resnet18_fmd', 'resnet18_fmd_cifar', 'resnet50_fmd', 'resnet50_fmd_cifar', 'resnet18_od', 'resnet18_dy',
-    'resnet18_cond', 'resnet18_cifar', 'resnet20_fmd_cifar',
+    'resnet50_fmd', 'resnet18_od', 'resnet18_dy', 'resnet18_cond', 'resnet20_fmd_cifar', *(
+        pytest.param(name, marks=pytest.mark.slow) for name in (
+            'resnet18_fmd', 'resnet18_fmd_cifar', 'resnet50_fmd_cifar', 'resnet18_cifar')),
 ])
 def test_outputs_are_the_same(name, batch, way):
     model = make_model(name)

@@ -61,7 +61,10 @@ def assert_same(model, static, rtol, images=None):
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnet18_cifar', 'resnet20_cifar', 'mobilenetv3_small_100'])
+@pytest.mark.parametrize('name', [
+    'resnet50', 'resnet20_cifar', *(
+        pytest.param(name, marks=pytest.mark.slow) for name in ('resnet18', 'resnet18_cifar', 'mobilenetv3_small_100')),
+])
 def test_logits_are_those_of_the_static_network_at_any_temperature(name, method):
     static = make_static(name)
     model = inflate(static, method)
@@ -75,7 +78,9 @@ def test_logits_are_those_of_the_static_network_at_any_temperature(name, method)
 
 @pytest.mark.parametrize('name, method', [
     pytest.param('densenet121', FMDConv2d, marks=pytest.mark.slow),
-    *((name, method) for name in FAMILIES for method in METHODS),
+    *((name, FMDConv2d) for name in FAMILIES),
+    *(pytest.param(name, method, marks=pytest.mark.slow)
+      for name in FAMILIES for method in METHODS if method is not FMDConv2d),
 ])
 def test_every_family_of_make_dynamic_can_be_inflated(name, method):
     static = make_static(name).double()

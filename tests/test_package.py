@@ -15,6 +15,7 @@ def test_importing_the_package_is_light():
     assert done.stdout.strip() == '[]'
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_records_of_published_checkpoints(tmp_path):
     command = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, CHECKOUT]
     done = subprocess.run(command, capture_output=True, text=True)

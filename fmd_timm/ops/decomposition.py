@@ -30,6 +30,10 @@ def decompose(
     a graph can't have as many groups as there will be images. A kernel of one tap is multiplied too: it sees the image
     as it is.
 
+    Where each channel sees one channel alone (depthwise), the images are convolved by each of the K kernels, and the
+    results are mixed: K small convolutions whose kernels are constants. Runtimes have a fast way for these, and a slow
+    one for a kernel that is computed.
+
     Args:
         for_onnxruntime: Whether the kernel of a single image is mixed by output channels, with which onnxruntime needs
             0.9 of the time for a ResNet-18 and OpenVINO up to 1.7 of it for a layer, and what the taps see in a batch
@@ -40,6 +44,11 @@ def decompose(
     images, taps = gated(x, in_attn), weight.shape[2] * weight.shape[3]
     if kernel_attn is None and tap_attn is None:
         y = F.conv2d(images, weight.to(x.dtype), None, stride, padding, dilation, groups)
+    elif weight.shape[1] == 1 < groups and tap_attn is None:
+        convolved = [
+            F.conv2d(images, kernel.to(x.dtype), None, stride, padding, dilation, groups)
+            for kernel in weight.chunk(kernel_attn.shape[1])]
+        y = sum(map(gated, convolved, kernel_attn.to(x.dtype).split(1, 1)))
     else:
         kernels = _mixed(weight, kernel_attn, tap_attn, by_channel=for_onnxruntime).to(x.dtype)  # (B, O, i, taps)
         if computed_kernels and isinstance(x.shape[0], int) and x.shape[0] == 1 and taps > 1:

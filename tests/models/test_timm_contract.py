@@ -1,5 +1,4 @@
 """timm's own tests of its models, which its source distribution holds, pass on ours."""
-import json
 import os
 import re
 import subprocess
@@ -14,22 +13,15 @@ import fmd_timm  # noqa: F401  registers our models
 from fmd_timm.models._pretrained import MODULES
 
 TESTS_PER_MODEL = 11  # of timm 1.0.31: forward, backward, cfgs, script, features, intermediates (2), pruning, fx (3)
-NARROW = dict(channels=(8, 16, 32, 64), layers=(1, 1, 1, 1))  # by default: of one network, all as they are take minutes
+BY_DEFAULT = 'resnet20_fmd_cifar'  # all take minutes
 
 # timm's tests collect their models with list_models. Those of intermediate features ask for timm's own modules by name.
 PLUGIN = """
-import json
 import os
-from functools import partial
 
 import timm
-from timm.models import _registry
 
 import fmd_timm
-
-if args := json.loads(os.environ['ARGS']):
-    entrypoint = _registry._model_entrypoints[os.environ['ONLY']]
-    _registry._model_entrypoints[os.environ['ONLY']] = partial(entrypoint, **args)
 
 list_all_models = timm.list_models
 
@@ -63,15 +55,15 @@ def timm_tests(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('name, args', [
-    pytest.param('resnet18_fmd', NARROW, id='resnet18_fmd narrow'),
-    *(pytest.param(name, {}, marks=pytest.mark.slow, id=name) for name in timm.list_models(module=MODULES)),
+@pytest.mark.parametrize('name', [
+    name if name == BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow)
+    for name in timm.list_models(module=MODULES)
 ])
-def test_timm_tests_of_its_models_pass_on_ours(name, args, timm_tests):
+def test_timm_tests_of_its_models_pass_on_ours(name, timm_tests):
     env = {key: value for key, value in os.environ.items() if key != 'GITHUB_ACTIONS'}  # where they leave some out
     done = processes.run(
         '-m', 'pytest', '-p', 'only_ours', '-p', 'no:cacheprovider', '-q', 'tests/test_models.py',
-        '-k', f'{name} and not pretrained', cwd=timm_tests, env=dict(env, ONLY=name, ARGS=json.dumps(args)),
+        '-k', f'{name} and not pretrained', cwd=timm_tests, env=dict(env, ONLY=name),
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-1]

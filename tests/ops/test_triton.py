@@ -46,7 +46,7 @@ CASES = {  # B, K, I, O, kernel, stride, padding, dilation, (H, W)
     'stride_beyond_image': (2, 2, 8, 8, 3, 2, 1, 1, (1, 1)),
     'one_image': (1, 4, 8, 16, 3, 2, 1, 1, (6, 5)),
 }
-BY_DEFAULT = '1x1', '1x1_stride', '1x2', '3x3_stride', 'one_image'  # all take a minute
+BY_DEFAULT = '1x1_stride', '3x3_stride', 'one_image'  # all take a minute
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 # float32 is multiplied in full; bfloat16 has 8 bits of mantissa
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}

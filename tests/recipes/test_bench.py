@@ -109,8 +109,9 @@ def test_ratio_is_to_the_faster_static_network_of_the_same_round():
 @pytest.mark.parametrize('arguments, message', [
     (['--rounds', '0'], '--rounds must be at least 1, got 0'),
     (['--data', 'digits', '--epochs', '0'], '--epochs must be at least 1, got 0'),
-    (['--models', 'resnet18', 'vit_tiny_patch16_224'], 'must have dynamic forms .*, got vit_tiny_patch16_224'),
-    (['--models', 'resnet18.a1_in1k'], 'must have dynamic forms .*, got resnet18.a1_in1k'),
+    (['--models', 'resnet18', 'vit_tiny_patch16_224'], 'must be static CNNs of timm, got vit_tiny_patch16_224: '),
+    (['--models', 'resnet18', 'resnet18_fmd'], 'must be static CNNs of timm, got resnet18_fmd: '),
+    (['--models', 'resnet180'], 'must be static CNNs of timm, got resnet180: '),
     (['--edge', '--models', 'resnet26'], '--models must have a form with FMDConv, got resnet26'),
 ])
 def test_bad_arguments_are_refused(arguments, message, monkeypatch):
@@ -133,6 +134,7 @@ def test_the_loading_of_images_is_timed(monkeypatch, tmp_path, digits_folder, fr
     assert row in _bench_data.make_table() and record['images_on_device'] and ' on the device | ' in row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('runtime', [
     'pytorch', *(pytest.param(runtime, marks=pytest.mark.slow) for runtime in ('onnx', 'openvino', 'executorch'))])
 @pytest.mark.filterwarnings('ignore')  # of exporters

@@ -184,6 +184,7 @@ def test_a_finished_comparison_is_only_written_again(copied, digits_folder):
     assert not list(copied.rglob('checkpoints'))
 
 
+@pytest.mark.slow
 def test_a_model_that_joins_is_timed_with_the_others_and_trained_alone(copied, digits_folder, monkeypatch):
     shutil.rmtree(copied / tiny.NAME)
     change(copied / 'timing.json', models=[STATIC])
@@ -201,6 +202,7 @@ def test_a_model_that_joins_is_timed_with_the_others_and_trained_alone(copied, d
         f'_timing.py --models {STATIC} {tiny.NAME} --output {copied}', *(run_arguments.format(seed) for seed in (0, 1))]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_loses_no_other_and_goes_on_from_its_checkpoint(
         copied, digits_folder, tmp_path, monkeypatch, capfd):
     """In processes as the user has them: recipes/train.py that knows the tiny network and is killed once."""

@@ -147,6 +147,7 @@ except SystemExit as error:
     assert said[0] == said[1] and said[0].startswith('the loss is nan at step 0')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('option, tolerance', [
     (('--comm-hook', 'fp16'), 2e-2), pytest.param(('--compile',), 1e-3, marks=pytest.mark.slow)])
 def test_compressed_gradients_and_compiled_networks_train_as_others_do(option, tolerance, digits_folder, tmp_path):

@@ -49,10 +49,9 @@ def run(*arguments):
 
 @pytest.mark.parametrize('format, batch, weights', [
     ('onnx', '1', 'fp32'), ('torch-export', 'dynamic', 'fp16'),
-    ('onnx', 'dynamic', 'int8'),
     ('openvino', '1', 'fp32'), ('openvino', 'dynamic', 'fp16'),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('onnx', '1', 'int8-static'), ('onnx', 'dynamic', 'fp16'), ('torch-export', '1', 'fp32'),
+        ('onnx', 'dynamic', 'int8'), ('onnx', '1', 'int8-static'), ('onnx', 'dynamic', 'fp16'), ('torch-export', '1', 'fp32'),
         ('torch-export', '1', 'int8'), ('openvino', '1', 'int8'),
         ('executorch', '1', 'fp32'), ('executorch', 'dynamic', 'fp32'))),
 ])
@@ -97,6 +96,7 @@ def test_a_file_and_its_record(checkpoint, tmp_path, capsys, format, batch, weig
         assert (lines[0] == lines[1] or weights == 'int8-static') and len(lines[0]) == len(lines[1]) == 4
 
 
+@pytest.mark.slow
 def test_accuracy_is_of_all_images_with_labels_of_the_network(checkpoint, digits_folder, tmp_path, capsys):
     options = '--format', 'torch-export', '--output', tmp_path / 'model.pt2'
     rows = datasets.load_dataset('parquet', data_files=str(digits_folder / 'test.parquet'), split='train')

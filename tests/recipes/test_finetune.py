@@ -120,6 +120,7 @@ def test_classes_of_other_names_get_a_new_classifier_and_those_of_other_order_ar
     assert _start.fit_classifier(network, ['dog', 'cow']) == ('new', ['dog', 'cow']) and network.fc is not fc
 
 
+@pytest.mark.slow
 def test_a_kept_classifier_gives_its_numbers_to_the_images(digits_folder, checkpoint, tmp_path):
     """The same digits in folders, whose names come in the order of text, and the checkpoint's in another one."""
     names = [str(i) for i in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
@@ -150,6 +151,7 @@ def test_a_run_from_random_weights_starts_at_30(digits_folder, tmp_path):
     assert record['init'] is None and record['temperature'] == 30.0
 
 
+@pytest.mark.slow
 def test_a_resumed_fine_tune_ends_with_the_same_weights(letters_folder, checkpoint, tmp_path, monkeypatch):
     recipe = make_finetune(
         letters_folder, checkpoint, epochs=2, freeze='backbone', class_weights=True, ema_decay=0.9, mixup=0.2,

@@ -76,11 +76,12 @@ def uninterrupted(recipe, tmp_path_factory):
     (_training, 'train_step', 1, signal.SIGINT, 'epoch 1, step 1'),
     pytest.param(_training, 'train_step', 4, signal.SIGTERM, 'epoch 1, step 3', marks=pytest.mark.slow),
     pytest.param(_training, 'train_step', 8, signal.SIGTERM, 'epoch 1, step 4', marks=pytest.mark.slow),
-    (_training, 'train_step', 12, signal.SIGINT, 'epoch 2, step 3'),
+    pytest.param(_training, 'train_step', 12, signal.SIGINT, 'epoch 2, step 3', marks=pytest.mark.slow),
     (_loop, 'score', 1, signal.SIGTERM, 'epoch 1, step 4'),
     pytest.param(_loop, 'score', 2, signal.SIGINT, 'epoch 2, step 4', marks=pytest.mark.slow),
     (_loop, 'learning_rate', 1, signal.SIGTERM, 'epoch 2, step 1'),  # between the last image and the next step
-    (_loop, 'learning_rate', 2, signal.SIGTERM, 'epoch 2'),  # which does not come
+    # which does not come
+    pytest.param(_loop, 'learning_rate', 2, signal.SIGTERM, 'epoch 2', marks=pytest.mark.slow),
     (_checkpoints, 'save', 1, signal.SIGINT, 'epoch 2'),
 ])
 def test_a_stopped_run_says_how_to_go_on_and_ends_with_the_same_weights(

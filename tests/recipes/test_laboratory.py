@@ -56,6 +56,17 @@ def test_a_command_runs_its_arms_once_and_says_what_they_did(checkpoint, few_ima
         run(checkpoint, tmp_path, '--arms', 'static_2e-2', '--image-size', '64')
 
 
+def test_a_whole_network_is_trained_on_the_images(checkpoint, few_images, tmp_path):
+    run(checkpoint, tmp_path, '--whole', '--arms', 'static_2e-2', 'fmd_2e-2')
+    static, fmd = [
+        json.loads(line) for line in (tmp_path / 'digits_whole_64_x_1.jsonl').read_text().splitlines()]
+    assert len(fmd['layers']) > 10 and static['train_loss'] > 0
+    features = laboratory.cached_features(
+        None, None, dict(weights=fmd['settings']['weights'], dataset='digits_whole', image_size='32'),
+        tmp_path / 'digits_whole.safetensors')
+    assert features['train'].shape == (96, 3, 32, 32)
+
+
 def test_the_difference_is_paired_by_seed_with_its_standard_error():
     runs = {seed: dict(top1=70.0 + seed + extra) for seed, extra in enumerate((0, 1, 2))}
     best = {seed: dict(top1=70.0 + seed) for seed in range(3)}
@@ -80,7 +91,7 @@ def test_other_networks_are_refused(tmp_path):
     'usage_entropy', 'clusters', 'random', 'depthwise', 'head'])
 def test_an_arm_begins_with_what_the_static_network_computes(checkpoint, name, tmp_path):
     arm = ARMS[name]
-    _, tail, _ = laboratory.load_tail(str(checkpoint))
+    _, tail, _ = laboratory.load_parts(str(checkpoint), whole=False)
     features = torch.randn(32, 56, 2, 2)
     recipe = dataclasses.replace(
         PRESETS['finetune'], lr=arm.lr, attention_lr_scale=arm.attention_lr, tracker='none', epochs=2)

@@ -37,8 +37,9 @@ def loaders_of(recipe, images, process, processes):
     ) for loader in _loaders.make_loaders(Accelerator(cpu=True), recipe, images, CONFIG)]
 
 
-@pytest.mark.parametrize('processes', [1, 2, 3])
-@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('processes, num_workers', [
+    (1, 0), (3, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2), (2, 0), (2, 2), (3, 0))),
+])
 def test_processes_and_workers_share_out_the_images(processes, num_workers, numbered, fresh_accelerator):
     """Each is read once an epoch, with an augmentation that depends on epoch and row alone."""
     recipe = make_recipe('noise', batch_size=12, crop='rrc', hflip=0.5, aa='rand-m5', num_workers=num_workers, seed=3)
@@ -143,9 +144,10 @@ def test_repeated_augmentation_shows_fewer_images_more_often(processes, numbered
     assert orders[0] != orders[1]
 
 
-@pytest.mark.parametrize('processes', [1, 2])
-@pytest.mark.parametrize('num_workers', [0, 2])
-@pytest.mark.parametrize('aug_repeats', [1, 3])
+@pytest.mark.parametrize('processes, num_workers, aug_repeats', [
+    (1, 0, 1), (2, 2, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (1, 0, 3), (1, 2, 1), (1, 2, 3), (2, 0, 1), (2, 0, 3), (2, 2, 1))),
+])
 def test_an_epoch_goes_on_at_any_batch_with_the_same_images(
         processes, num_workers, aug_repeats, digits_folder, fresh_accelerator):
     recipe = make_recipe(digits_folder, aa='rand-m5', num_workers=num_workers, aug_repeats=aug_repeats)

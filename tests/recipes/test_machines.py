@@ -173,7 +173,7 @@ def test_what_runs_without_accelerate_takes_the_accelerator_that_there_is(tmp_pa
     monkeypatch.setattr(predict, 'find_source', lambda *_: None)
     monkeypatch.setattr(predict, 'load_network', lambda *_: Network())
     monkeypatch.setattr(predict.Metadata, 'of', lambda *_: None)
-    monkeypatch.setattr(bench, 'bench_networks', lambda models, device, rounds: Network().to(device))
+    monkeypatch.setattr(bench, 'bench_network', lambda name, device, rounds: Network().to(device))
     for command, arguments in (predict, ['run', 'images']), (bench, ['--models', 'resnet18']):
         parse = getattr(command, f'parse_{command.__name__}')
         with pytest.raises(SystemExit):

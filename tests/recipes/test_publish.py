@@ -338,6 +338,7 @@ def test_files_of_other_runtimes_are_published_with_what_opens_them(
     assert_usage_works(card, format, run, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # of exporters
 def test_an_exported_file_is_published_with_its_record_and_goes_with_other_weights(
         hub, publish_here, exported_run, tmp_path, capsys):

@@ -158,6 +158,7 @@ def test_the_free_memory_of_a_container_is_no_more_than_it_may_have(tmp_path, mo
         assert free == limit or limit is None and free > 2 ** 20
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_there_is_no_room_for_the_images(digits_folder, tmp_path, monkeypatch):
     """To the same weights, bit for bit, from within an epoch."""
     recipe = make_recipe(digits_folder, accumulate=2, reprob=0.25, hflip=0.5)

@@ -20,6 +20,7 @@ def tiny_networks(monkeypatch):
     monkeypatch.setattr(_timing, 'STEPS', 1)
 
 
+@pytest.mark.slow
 def test_arms_are_trained_once_by_one_recipe(
         digits_folder, tmp_path, tiny_networks, fresh_accelerator, monkeypatch, capsys):
     recipe = tiny.make_recipe(digits_folder, epochs=1, tracker='none')

@@ -133,6 +133,7 @@ def test_to_start_reading_a_loss_does_not_wait_for_the_gpu():
     assert read() == 1.0
 
 
+@pytest.mark.slow
 def test_a_network_learns_from_a_teacher(digits_folder, tmp_path):
     """A run of the recipes is one; the record says which weights it had."""
     run(make_recipe(digits_folder, epochs=1), tmp_path / 'teacher')
@@ -177,6 +178,7 @@ def test_arguments_of_the_network_are_those_of_the_recipe(digits_folder, tmp_pat
     assert loaded.layer1[0].conv1.num_kernels == 2 and isinstance(loaded.act1, torch.nn.SiLU)
 
 
+@pytest.mark.slow
 def test_few_images_for_the_attentions_statistics_are_said(digits_folder, tmp_path, capsys):
     for accumulate, said in (1, False), (2, True):
         AcceleratorState._reset_state(reset_partial_state=True)
