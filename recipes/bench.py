@@ -10,8 +10,8 @@ the rest is without. All take turns in every round, the order reversed each time
 the rounds, to the static network in the memory format that is faster. With --layers it times single convolutions by
 each algorithm instead.
 
-Writes recipes/results/bench/<device>.<model>.json (<device>.<model>.layers.json), and with --results-file the columns of
-timm's benchmark.py. `--table` prints the documentation's table from all such files and measures nothing.
+Writes recipes/results/bench/<device>.<model>.json (<device>.<model>.layers.json), and with --results-file the columns
+of timm's benchmark.py. `--table` prints the documentation's table from all such files and measures nothing.
 """
 import sys
 
@@ -232,7 +232,8 @@ def make_table() -> str:
         of_device = list(of_device)
         first = of_device[0]
         lines += [
-            f'{device}, {first["precision"]}, torch {first["versions"]["torch"]}, median of {first["rounds"]} rounds:', '',
+            f'{device}, {first["precision"]}, torch {first["versions"]["torch"]}, median of {first["rounds"]} rounds:',
+            '',
             "| | static, ms | **FMDConv** | not timed | as the authors' | ODConv | DyConv | CondConv |",
             '|---|---|---|---|---|---|---|---|',
         ]

@@ -242,8 +242,8 @@ def score(model: nn.Module, features: dict[str, Tensor]) -> dict:
 
 
 def main(
-        init: str, dataset: str, mixed: bool, whole: bool, image_size: int, images: int, epochs: int, arms: list[str], seeds: int,
-        output: Path,
+        init: str, dataset: str, mixed: bool, whole: bool, image_size: int, images: int, epochs: int, arms: list[str],
+        seeds: int, output: Path,
 ) -> None:
     body, tail, revision = load_parts(init, whole)
     name = Path(dataset).name + ('_mixed' if mixed else '') + ('_whole' if whole else '')

@@ -220,7 +220,8 @@ class Pyramid(torch.nn.Module):
 
 
 @pytest.mark.parametrize('images_per_step, freeze_batch_norm', [
-    (2, False), (1, True), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(2, True, marks=pytest.mark.slow)])
+    (2, False), (1, True),
+    pytest.param(1, False, marks=pytest.mark.slow), pytest.param(2, True, marks=pytest.mark.slow)])
 def test_faster_rcnn_of_torchvision_learns_from_images_of_different_size(images_per_step, freeze_batch_norm):
     torch.manual_seed(0)
     model = FasterRCNN(
