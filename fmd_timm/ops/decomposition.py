@@ -45,9 +45,9 @@ def decompose(
     if kernel_attn is None and tap_attn is None:
         y = F.conv2d(images, weight.to(x.dtype), None, stride, padding, dilation, groups)
     elif weight.shape[1] == 1 < groups and tap_attn is None:
-        convolved = [
-            F.conv2d(images, kernel.to(x.dtype), None, stride, padding, dilation, groups)
-            for kernel in weight.chunk(kernel_attn.shape[1])]
+        bank = weight.reshape(kernel_attn.shape[1], -1, *weight.shape[1:]).to(x.dtype)
+        convolved = [  # by each kernel: exporters compute a slice of constants, and not what splits them
+            F.conv2d(images, bank[k], None, stride, padding, dilation, groups) for k in range(len(bank))]
         y = sum(map(gated, convolved, kernel_attn.to(x.dtype).split(1, 1)))
     else:
         kernels = _mixed(weight, kernel_attn, tap_attn, by_channel=for_onnxruntime).to(x.dtype)  # (B, O, i, taps)
