@@ -2,11 +2,10 @@
 import csv
 import io
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import timm
 from _arguments import METHODS
 from _measure import count_gmacs, count_macts
 from _record import write_text
@@ -39,7 +38,8 @@ def validation_row(
         crop_pct=data_config['crop_pct'], interpolation=data_config['interpolation'])
 
 
-def benchmark_rows(cases: list[dict[str, Any]], image_size: int) -> list[dict[str, Any]]:
+def benchmark_rows(
+        cases: list[dict[str, Any]], image_size: int, make_network: Callable[..., nn.Module]) -> list[dict[str, Any]]:
     """Rows of benchmark.py, the fastest inference first: of each static network, and of its form with each method.
 
     Those of the static network are of its faster memory format. The methods have their convolutions timed, as
@@ -48,19 +48,23 @@ def benchmark_rows(cases: list[dict[str, Any]], image_size: int) -> list[dict[st
     Args:
         cases: Of the record of recipes/bench.py.
         image_size: Pixels.
+        make_network: Of a static network's name, and of a method if it is to be dynamic.
     """
     rows = []
     for name in dict.fromkeys(case['model'] for case in cases):
         of_network = (case for case in cases if case['model'] == name)
         largest = {case['mode']: case for case in sorted(of_network, key=lambda case: case['batch'])}
-        rows.append(benchmark_row(name, STATIC, largest, image_size))
-        rows += [benchmark_row(f'{name}_{method}', [f'{method} timed'], largest, image_size) for method in METHODS]
+        rows.append(benchmark_row(name, make_network(name), STATIC, largest, image_size))
+        rows += [
+            benchmark_row(f'{name}_{method}', make_network(name, method), [f'{method} timed'], largest, image_size)
+            for method in METHODS]
     return sorted(rows, key=lambda row: row['infer_samples_per_sec'], reverse=True)
 
 
-def benchmark_row(network: str, runs: Iterable[str], cases: dict[str, dict], image_size: int) -> dict[str, Any]:
+def benchmark_row(
+        name: str, model: nn.Module, runs: Iterable[str], cases: dict[str, dict], image_size: int) -> dict[str, Any]:
     """Steps are medians of the rounds in milliseconds. GMACs, millions of activations and of parameters are counted."""
-    model, input_size, row = timm.create_model(network), (3, image_size, image_size), dict(model=network)
+    input_size, row = (3, image_size, image_size), dict(model=name)
     for mode in 'infer', 'train':
         batch, milliseconds = cases[mode]['batch'], cases[mode]['milliseconds']
         step = min(statistics.median(milliseconds[run]) for run in runs)

@@ -280,7 +280,7 @@ def main(
             **circumstances('bench.py'), cases=of_model,
         ))
     if results_file:
-        write_results(results_file, benchmark_rows(measured, IMAGE_SIZE))
+        write_results(results_file, benchmark_rows(measured, IMAGE_SIZE, make_network))
 
 
 if __name__ == '__main__':

@@ -52,13 +52,13 @@ def test_evaluate_writes_what_it_prints(digits_folder, tmp_path, monkeypatch, ca
 
 def test_bench_writes_the_largest_batches_of_each_network(tmp_path, monkeypatch):
     """Medians, by hand."""
-    def measured(models, device, rounds):
+    def measured(name, device, rounds):
         return [dict(
             model=name, mode=mode, batch=batch, threads=1, peak_memory_mib=None,
             milliseconds={run: [10.0 * batch + i, 10.0 * batch + i, 1e6] for i, run in enumerate(RUNS)})
-            for name in models for mode, batch in (('infer', 4), ('infer', 1), ('train', 2))]
+            for mode, batch in (('infer', 4), ('infer', 1), ('train', 2))]
 
-    monkeypatch.setattr(bench, 'bench_networks', measured)
+    monkeypatch.setattr(bench, 'bench_network', measured)
     monkeypatch.setattr(bench, 'RESULTS', tmp_path)
     monkeypatch.setattr(bench, 'IMAGE_SIZE', 64)
     time_networks(monkeypatch, '--models', 'mobilenetv2_050', '--results-file', tmp_path / 'results.csv')
@@ -75,7 +75,7 @@ def test_bench_writes_the_largest_batches_of_each_network(tmp_path, monkeypatch)
 
 def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, fresh_accelerator):
     (tmp_path / 'file').touch()
-    monkeypatch.setattr(bench, 'bench_networks', None)
+    monkeypatch.setattr(bench, 'bench_network', None)
     option = '--results-file', tmp_path / 'file' / 'results.csv'
     for command in (
             lambda: score(monkeypatch, 'no_such_checkpoint', '--dataset', 'no_such_dataset', *option),
