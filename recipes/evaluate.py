@@ -76,6 +76,8 @@ def main(
     if accelerator.is_main_process:
         model, accuracy = accelerator.unwrap_model(model), metrics['top1'] / 100
         inference = time_inference(accelerator, model, data_config['input_size'], min(batch_size, len(images)))
+        if results_file:
+            write_results(results_file, [validation_row(checkpoint, model, metrics, data_config)])
         print(f'top-1: {metrics["top1"]:.2f}')
         print(f'top-5: {metrics["top5"]:.2f}')
         print(f'loss: {metrics["loss"]:.4f}')
@@ -89,8 +91,6 @@ def main(
         print(f'GMACs: {count_gmacs(model, data_config["input_size"]):.4g}')
         print(f'device: {accelerator.num_processes} x {device_name(accelerator.device)}')
         print(f'precision: {precision}')
-        if results_file:
-            write_results(results_file, [validation_row(checkpoint, model, metrics, data_config)])
     accelerator.end_training()
 
 
