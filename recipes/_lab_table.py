@@ -20,17 +20,17 @@ def make_table(path: Path) -> str:
     by_arm: dict[str, dict[int, dict]] = {}
     for run in runs:
         by_arm.setdefault(run['arm'], {})[run['seed']] = run
-    best = max((arm for arm in by_arm if ARMS[arm].method is None), key=lambda arm: mean(by_arm[arm], 'top1'))
+    static = [arm for arm in by_arm if ARMS[arm].method is None]
+    best = max(static, key=lambda arm: (len(by_arm[arm]), mean(by_arm[arm], 'top1')))
     settings = runs[0]['settings']
-    seeds = sorted(by_arm[best])
     lines = [
         f'{settings["dataset"]}: {settings["images"]} images to train on and {settings["epochs"]} epochs, '
-        f'{runs[0]["validation_images"]:,} to validate, {len(seeds)} seeds; the best static network has '
+        f'{runs[0]["validation_images"]:,} to validate; the best static network has '
         f'{mean(by_arm[best], "top1"):.2f} % (`{best}`)',
         '',
-        '| arm | | learning rate | top-1, % | against the best static, points | kernel entropy | gates, deviation | '
+        '| arm | | learning rate | seeds | top-1, % | against the best static, points | kernel entropy | gates, deviation | '
         'mean attention costs, points |',
-        '|---|---|---|---|---|---|---|---|',
+        '|---|---|---|---|---|---|---|---|---|',
     ]
     for arm, values in ARMS.items():
         if arm in by_arm:
@@ -41,7 +41,7 @@ def make_table(path: Path) -> str:
 def row(arm: str, values: Arm, runs: dict[int, dict], best: dict[int, dict]) -> list[str]:
     costs = [run['top1'] - run['top1_of_mean'] for run in runs.values() if 'top1_of_mean' in run]
     return [
-        f'`{arm}`', values.about, f'{values.lr:g}', f'{mean(runs, "top1"):.2f}',
+        f'`{arm}`', values.about, f'{values.lr:g}', str(len(runs)), f'{mean(runs, "top1"):.2f}',
         '' if runs is best else with_error(*paired_difference(runs, best), '+'),
         *(f'{mean(runs, number):.2f}' if number in next(iter(runs.values())) else ''
           for number in ('kernel_entropy', 'gate_std')),

@@ -60,7 +60,7 @@ def load_parts(asked: str, whole: bool) -> tuple[nn.Module, nn.Module, str]:
         raise SystemExit(f'--init must be an EfficientNet of timm, got {asked!r}, a {type(network).__name__}')
     body, tail = network, copy.deepcopy(network)
     if whole:
-        body.forward_features = nn.Identity()
+        body.forward_features = lambda images: images
         return body, tail, source.revision
     body.blocks = body.blocks[:-1]
     body.conv_head = body.bn2 = nn.Identity()

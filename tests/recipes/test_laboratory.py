@@ -51,7 +51,7 @@ def test_a_command_runs_its_arms_once_and_says_what_they_did(checkpoint, few_ima
     assert 0 <= fmd['kernel_entropy'] <= 1 and 0 <= fmd['top1_of_mean'] <= 100 and len(fmd['layers']) == 3
     said = capsys.readouterr().out
     assert 'fmd_2e-2, seed 0: top1 ' in said
-    assert f'| `fmd_2e-2` | FMDConv | 0.02 | {fmd["top1"]:.2f} | {fmd["top1"] - static["top1"]:+.2f} |' in said
+    assert f'| `fmd_2e-2` | FMDConv | 0.02 | 1 | {fmd["top1"]:.2f} | {fmd["top1"] - static["top1"]:+.2f} |' in said
     with pytest.raises(SystemExit, match='holds runs with other settings'):
         run(checkpoint, tmp_path, '--arms', 'static_2e-2', '--image-size', '64')
 
@@ -70,8 +70,8 @@ def test_a_whole_network_is_trained_on_the_images(checkpoint, few_images, tmp_pa
 def test_the_difference_is_paired_by_seed_with_its_standard_error():
     runs = {seed: dict(top1=70.0 + seed + extra) for seed, extra in enumerate((0, 1, 2))}
     best = {seed: dict(top1=70.0 + seed) for seed in range(3)}
-    assert _lab_table.row('fmd_2e-2', ARMS['fmd_2e-2'], runs, best)[4] == '+1.00 ± 0.58'
-    assert _lab_table.row('static_2e-2', ARMS['static_2e-2'], best, best)[4] == ''
+    assert _lab_table.row('fmd_2e-2', ARMS['fmd_2e-2'], runs, best)[5] == '+1.00 ± 0.58'
+    assert _lab_table.row('static_2e-2', ARMS['static_2e-2'], best, best)[5] == ''
 
 
 def test_the_features_are_computed_once(checkpoint, few_images, tmp_path, monkeypatch):
