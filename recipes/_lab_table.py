@@ -28,8 +28,8 @@ def make_table(path: Path) -> str:
         f'{runs[0]["validation_images"]:,} to validate; the best static network has '
         f'{mean(by_arm[best], "top1"):.2f} % (`{best}`)',
         '',
-        '| arm | | learning rate | seeds | top-1, % | against the best static, points | kernel entropy | gates, deviation | '
-        'mean attention costs, points |',
+        '| arm | | learning rate | seeds | top-1, % | against the best static, points | kernel entropy | '
+        'gates, deviation | mean attention costs, points |',
         '|---|---|---|---|---|---|---|---|---|',
     ]
     for arm, values in ARMS.items():
