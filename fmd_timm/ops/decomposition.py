@@ -30,9 +30,9 @@ def decompose(
     a graph can't have as many groups as there will be images. A kernel of one tap is multiplied too: it sees the image
     as it is.
 
-    Where each channel sees one channel alone (depthwise), the images are convolved by each of the K kernels, and the
-    results are mixed: K small convolutions whose kernels are constants. Runtimes have a fast way for these, and a slow
-    one for a kernel that is computed.
+    Where each channel sees one channel alone (depthwise), a batch is convolved by each of the K kernels, and the results
+    are mixed: K small convolutions whose kernels are constants, for which runtimes have a fast way. onnxruntime has a
+    slow one for a depthwise kernel that is computed, so a single image is convolved so too. OpenVINO does not.
 
     Args:
         for_onnxruntime: Whether the kernel of a single image is mixed by output channels, with which onnxruntime needs
@@ -42,16 +42,17 @@ def decompose(
             computed as any other batch.
     """
     images, taps = gated(x, in_attn), weight.shape[2] * weight.shape[3]
+    is_single = computed_kernels and isinstance(x.shape[0], int) and x.shape[0] == 1 and taps > 1
     if kernel_attn is None and tap_attn is None:
         y = F.conv2d(images, weight.to(x.dtype), None, stride, padding, dilation, groups)
-    elif weight.shape[1] == 1 < groups and tap_attn is None:
+    elif weight.shape[1] == 1 < groups and tap_attn is None and (for_onnxruntime or not is_single):
         bank = weight.reshape(kernel_attn.shape[1], -1, *weight.shape[1:]).to(x.dtype)
         convolved = [  # by each kernel: exporters compute a slice of constants, and not what splits them
             F.conv2d(images, bank[k], None, stride, padding, dilation, groups) for k in range(len(bank))]
         y = sum(map(gated, convolved, kernel_attn.to(x.dtype).split(1, 1)))
     else:
         kernels = _mixed(weight, kernel_attn, tap_attn, by_channel=for_onnxruntime).to(x.dtype)  # (B, O, i, taps)
-        if computed_kernels and isinstance(x.shape[0], int) and x.shape[0] == 1 and taps > 1:
+        if is_single:
             kernel = kernels.reshape(-1, *weight.shape[1:])
             y = F.conv2d(images, kernel, None, stride, padding, dilation, groups)
         else:
