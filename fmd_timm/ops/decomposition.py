@@ -30,9 +30,9 @@ def decompose(
     a graph can't have as many groups as there will be images. A kernel of one tap is multiplied too: it sees the image
     as it is.
 
-    Where each channel sees one channel alone (depthwise), a batch is convolved by each of the K kernels, and the results
-    are mixed: K small convolutions whose kernels are constants, for which runtimes have a fast way. onnxruntime has a
-    slow one for a depthwise kernel that is computed, so a single image is convolved so too. OpenVINO does not.
+    Where each channel sees one channel alone (depthwise), a batch is convolved by each of the K kernels, and the
+    results are mixed: K small convolutions whose kernels are constants, for which runtimes have a fast way. So is a
+    single image for onnxruntime, which is slow where a depthwise kernel is computed. OpenVINO is not.
 
     Args:
         for_onnxruntime: Whether the kernel of a single image is mixed by output channels, with which onnxruntime needs

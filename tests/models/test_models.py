@@ -22,7 +22,8 @@ from fmd_timm.models._pretrained import MODULES
 METHODS = dict(cond=CondConv2d, dy=DyConv2d, od=ODConv2d, fmd=FMDConv2d)
 ALL_MODELS = timm.list_models(module=MODULES)
 # Every method on one architecture and every architecture with one method; the other combinations take minutes.
-FAST = re.compile('resnet18_(cond|dy|od|fmd)|resnet50_fmd|resnet20_fmd_cifar|mobilenetv3_small_100_fmd|mobilenetv2_050_od')
+FAST = re.compile(
+    'resnet18_(cond|dy|od|fmd)|resnet50_fmd|resnet20_fmd_cifar|mobilenetv3_small_100_fmd|mobilenetv2_050_od')
 
 
 def models(pattern):
