@@ -67,6 +67,11 @@ def test_a_whole_network_is_trained_on_the_images(checkpoint, few_images, tmp_pa
     assert features['train'].shape == (96, 3, 32, 32)
 
 
+def test_the_page_has_the_table_of_the_committed_runs():
+    runs, = (laboratory.Path(laboratory.__file__).parent / 'results' / 'laboratory').glob('*.jsonl')
+    assert _lab_table.make_table(runs) in (runs.parents[1] / 'README.md').read_text()
+
+
 def test_the_difference_is_paired_by_seed_with_its_standard_error():
     runs = {seed: dict(top1=70.0 + seed + extra) for seed, extra in enumerate((0, 1, 2))}
     best = {seed: dict(top1=70.0 + seed) for seed in range(3)}

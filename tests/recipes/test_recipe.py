@@ -17,7 +17,7 @@ from _recipe import Recipe
 from _recipe_checks import check_recipe
 
 CHECKOUT = Path(__file__).parents[2]
-PAGES = [CHECKOUT / 'README.md', *sorted(CHECKOUT.glob('fmd_timm/**/*.md')), *sorted(CHECKOUT.glob('recipes/*.md'))]
+PAGES = [CHECKOUT / 'README.md', *sorted(CHECKOUT.glob('fmd_timm/**/*.md')), *sorted(CHECKOUT.glob('recipes/**/*.md'))]
 
 
 @pytest.mark.parametrize('options, message', [
