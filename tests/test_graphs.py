@@ -158,8 +158,8 @@ def test_network_compiles_once_for_several_images_and_once_for_one():
 
 @pytest.mark.parametrize('size, args, training', [
     (9, {}, True),
-    (11, dict(num_kernels=1), False),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (11, dict(num_kernels=1), False),
         (9, {}, False), (11, {}, False), (11, {}, True), (11, dict(num_kernels=1), True))),
 ])
 def test_layer_compiles_with_its_gradients_once_for_several_images(size, args, training):

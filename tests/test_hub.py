@@ -64,7 +64,8 @@ def more_dynamic():
     return model
 
 
-@pytest.mark.parametrize('make', [inflated, made_dynamic_twice, more_dynamic])
+@pytest.mark.parametrize('make', [
+    made_dynamic_twice, *(pytest.param(make, marks=pytest.mark.slow) for make in (inflated, more_dynamic))])
 def test_a_network_that_was_made_dynamic_loads_like_any_other(make, tmp_path):
     model = make().eval()
     save_for_hub(model, tmp_path)

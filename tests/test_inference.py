@@ -153,7 +153,8 @@ def test_temperatures_of_a_prepared_network_cannot_be_set():
         set_temperature(prepare_for_inference(make_model()), kernel=5.0)
 
 
-@pytest.mark.parametrize('layer', METHODS)
+@pytest.mark.parametrize(
+    'layer', [pytest.param(layer, marks=() if layer is FMDConv2d else pytest.mark.slow) for layer in METHODS])
 @pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'regnetx_002', 'tf_efficientnet_lite0'])
 def test_networks_of_other_families(name, layer):
     model = timm.create_model(name, num_classes=5)
@@ -315,7 +316,7 @@ def test_autocast_and_empty_batch():
 
 
 @pytest.mark.parametrize(
-    'way', [pytest.param(way, marks=pytest.mark.slow) if way == 'fastest' else way for way in WAYS], indirect=True)
+    'way', [way if way == 'c_conv' else pytest.param(way, marks=pytest.mark.slow) for way in WAYS], indirect=True)
 def test_compiled_and_exported(way):
     model = make_model(layers=(1, 1, 1, 1))
     prepared = prepare_for_inference(model)

@@ -10,6 +10,7 @@ import typed_program
 CHECKOUT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_program_works(tmp_path):
     typed_program.main(tmp_path)
     assert (tmp_path / 'config.json').is_file()

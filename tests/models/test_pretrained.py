@@ -99,6 +99,7 @@ def test_a_file_that_is_no_record_is_left_out_with_one_warning(content, tmp_path
     assert str(tmp_path / 'resnet18_fmd.bad_in1k.json') in message and 'resnet18_fmd.bad_in1k is left out' in message
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_in_spite_of_a_bad_record(tmp_path):
     package = tmp_path / 'fmd_timm'
     shutil.copytree(Path(fmd_timm.__file__).parent, package, ignore=shutil.ignore_patterns('__pycache__'))

@@ -284,6 +284,7 @@ def falls_back_without_triton():
     assert len(caught) == 1
 
 
+@pytest.mark.slow
 def test_without_triton_pytorch_runs_with_one_warning():
     script = 'import sys; sys.modules["triton"] = None; import test_cuda; test_cuda.falls_back_without_triton()'
     done = processes.run('-c', script, cwd=Path(__file__).parent)

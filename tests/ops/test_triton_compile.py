@@ -118,8 +118,7 @@ def spills_in_loops(assembly):
 
 
 def configurations():
-    """The quick case first, then what is slow."""
-    yield pytest.param(90, torch.bfloat16, torch.float32, 4, LAYERS, id='sm_90-bfloat16-4')
+    yield pytest.param(90, torch.bfloat16, torch.float32, 4, LAYERS, id='sm_90-bfloat16-4', marks=pytest.mark.slow)
     for capability in SHARED_MEMORY:
         yield pytest.param(
             capability, torch.bfloat16, torch.float32, 4, MORE_LAYERS, id=f'sm_{capability}-more',

@@ -48,10 +48,10 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize('format, batch, weights', [
-    ('onnx', '1', 'fp32'), ('torch-export', 'dynamic', 'fp16'),
+    ('onnx', '1', 'fp32'),
     ('openvino', '1', 'fp32'), ('openvino', 'dynamic', 'fp16'),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('onnx', 'dynamic', 'int8'), ('onnx', '1', 'int8-static'),
+        ('onnx', 'dynamic', 'int8'), ('onnx', '1', 'int8-static'), ('torch-export', 'dynamic', 'fp16'),
         ('onnx', 'dynamic', 'fp16'), ('torch-export', '1', 'fp32'),
         ('torch-export', '1', 'int8'), ('openvino', '1', 'int8'),
         ('executorch', '1', 'fp32'), ('executorch', 'dynamic', 'fp32'))),

@@ -217,7 +217,9 @@ def test_an_inflated_run_keeps_the_preprocessing_and_the_licence_of_its_source(s
 
 @pytest.mark.parametrize('changes, method, num_kernels', [
     (dict(model=None), 'FMDConv', 4),
-    (dict(model='dynamic_cnn', model_kwargs=["dynamic=[{'method': 'od', 'num_kernels': 2}]"]), 'ODConv', 2),
+    pytest.param(
+        dict(model='dynamic_cnn', model_kwargs=["dynamic=[{'method': 'od', 'num_kernels': 2}]"]), 'ODConv', 2,
+        marks=pytest.mark.slow),
 ])
 def test_any_network_can_be_inflated_trained_and_loaded_again(
         changes, method, num_kernels, letters_folder, tmp_path):

@@ -56,6 +56,7 @@ def test_a_command_runs_its_arms_once_and_says_what_they_did(checkpoint, few_ima
         run(checkpoint, tmp_path, '--arms', 'static_2e-2', '--image-size', '64')
 
 
+@pytest.mark.slow
 def test_a_whole_network_is_trained_on_the_images(checkpoint, few_images, tmp_path):
     run(checkpoint, tmp_path, '--whole', '--arms', 'static_2e-2', 'fmd_2e-2')
     static, fmd = [

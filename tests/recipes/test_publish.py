@@ -375,6 +375,7 @@ def test_an_exported_file_is_published_with_its_record_and_goes_with_other_weigh
     assert '## Exported' not in repo.at('main')['README.md'].decode()
 
 
+@pytest.mark.slow
 def test_exported_files_that_are_missing_or_others_are_refused(publish_offline, small_run, exported_run, tmp_path):
     def publish_it(run, format='onnx'):
         publish_offline('--run', run, '--repo', REPO, '--with', format)

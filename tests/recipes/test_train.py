@@ -196,7 +196,7 @@ train.main(**vars(train.parse_train(sys.argv[1:])))
 
 @pytest.mark.parametrize('options, draw, argument, calls', [
     (('--aa', 'rand-m5'), '_data._seeded', 1, 64),  # its half of the images to train on and to validate
-    ((), '_resident.draw_crops', 4, 4),  # each batch
+    pytest.param((), '_resident.draw_crops', 4, 4, marks=pytest.mark.slow),  # each batch
 ])
 def test_each_process_trains_on_its_own_images_and_every_epoch_in_a_new_order(
         options, draw, argument, calls, digits_folder, tmp_path):
