@@ -31,8 +31,9 @@ def decompose(
     as it is.
 
     Where each channel sees one channel alone (depthwise), a batch is convolved by each of the K kernels, and the
-    results are mixed: K small convolutions whose kernels are constants, for which runtimes have a fast way. So is a
-    single image for onnxruntime, which is slow where a depthwise kernel is computed. OpenVINO is not.
+    results are mixed: K small convolutions whose kernels are constants, for which runtimes have a fast way. A single
+    image goes the same way in onnxruntime, which is slow where a depthwise kernel is computed. OpenVINO is faster with
+    the mixed kernel.
 
     Args:
         for_onnxruntime: Whether the kernel of a single image is mixed by output channels, with which onnxruntime needs
