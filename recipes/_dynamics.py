@@ -74,7 +74,9 @@ class AttentionStatistics:
 def entropy(kernel_attn: Tensor) -> Tensor:
     """(B, K) -> (B,): that of each row, over log K."""
     shares = kernel_attn / kernel_attn.sum(1, keepdim=True)
-    return -torch.special.xlogy(shares, shares).sum(1) / math.log(shares.shape[1])
+    # A share of 0 has an infinite slope, which makes every gradient NaN
+    logs = shares.clamp(min=torch.finfo(shares.dtype).tiny).log()
+    return -(shares * logs).sum(1) / math.log(shares.shape[1])
 
 
 @contextmanager

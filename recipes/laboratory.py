@@ -18,6 +18,7 @@ if __name__ == '__main__':  # before the imports below, which take seconds
 import copy
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,6 +214,8 @@ def run(arm: Arm, recipe: Recipe, tail: nn.Module, features: dict[str, Tensor], 
         for rows in order.split(recipe.batch_size)[:steps]:
             batch = features['train'][rows].float().contiguous(memory_format=torch.channels_last)
             losses.append(train_step(training, batch, labels[rows]).item())
+            if not math.isfinite(losses[-1]):
+                raise SystemExit(f'the loss is {losses[-1]} in step {len(losses)} of this run: {arm}, seed {seed}')
     seconds = time.perf_counter() - start
     scores = score(training.model, features)
     accelerator.free_memory()

@@ -147,6 +147,16 @@ def test_load_balancing_is_no_loss_of_uniform_attention_and_a_loss_of_one_kernel
     assert balanced(images, None)['loss'].item() == pytest.approx(2, abs=1e-3)
 
 
+def test_balanced_attention_of_one_kernel_has_gradients():
+    conv = FMDConv2d(32, 8, 1)
+    conv.attention.make_constant()
+    conv.attention.kernel.bias.data[0] = 1000  # the other shares are 0 in float32
+    task = lambda images, labels: dict(loss=conv(images).mean())  # noqa: E731
+    balanced = laboratory.Balanced(task, [conv], Arm('', usage_weight=1.0, entropy_weight=1.0))
+    balanced(torch.randn(4, 32, 2, 2), None)['loss'].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in conv.parameters())
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--seeds', '0'], '--seeds must be at least 1, got 0'),
     (['--images', '-1'], '--images must be at least 1, got -1'),
