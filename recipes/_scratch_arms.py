@@ -12,12 +12,15 @@ class Arm:
     about: str  # for the table
     method: str | None = 'fmd'  # None: the static network
     changes: dict[str, Any] = field(default_factory=dict)  # of the recipe
+    hot: bool = False  # the temperature is 34 from the first step to the last
+    open: tuple[str, ...] = ()  # 'input', 'output': the gates that are 1 for every image, from the first to the last
 
     def model(self, network: str) -> str:
         """'resnet20_cifar' -> 'resnet20_fmd_cifar'."""
         return network.replace('_cifar', f'_{self.method}_cifar') if self.method else network
 
 
+ANNEALED = dict(temperature=30.0)  # the recipe's own, which has to be said where training starts from a checkpoint
 ARMS = {
     'static': Arm('the static network', None),
     'static_time': Arm('the static network, for as long as FMDConv takes', None),
@@ -26,10 +29,13 @@ ARMS = {
     'od': Arm('ODConv', 'od'),
     'fmd': Arm('FMDConv'),
     'k1': Arm('FMDConv, K = 1: gates alone', changes=dict(model_kwargs=['num_kernels=1'])),
+    'no_input': Arm('FMDConv without the gates of the input', changes=ANNEALED, open=('input',)),
+    'no_output': Arm('FMDConv without the gates of the output', changes=ANNEALED, open=('output',)),
+    'kernels': Arm('FMDConv without gates', changes=ANNEALED, open=('input', 'output')),
     'temperature_1': Arm('FMDConv, temperature 1 from the start', changes=dict(temperature=1.0)),
     'temperature_slow': Arm(
         'FMDConv, temperature 34 that falls until the end', changes=dict(temperature=34.0, annealed_by=1.0)),
-    'temperature_34': Arm("FMDConv, temperature 34 throughout, as in the authors' code"),
+    'temperature_34': Arm("FMDConv, temperature 34 throughout, as in the authors' code", hot=True),
 }
 
 

@@ -2,8 +2,9 @@
 [--output FOLDER] [--option of train.py ...]
 
 Trains a static network for small images and its dynamic twins, by the very same recipe for the same number of epochs.
-The static one is also trained for as long as FMDConv takes, in more epochs. Other arms are FMDConv with one kernel and
-with other temperatures (`_scratch_arms.py`). First recipes/_timing.py times the networks in turn.
+The static one is also trained for as long as FMDConv takes, in more epochs. Other arms are FMDConv with one kernel,
+without some of its gates, and with other temperatures (`_scratch_arms.py`). First recipes/_timing.py times the networks
+in turn.
 
 Leaves timing.json, the runs, <arm>/seed_<n>/, and a picture, and prints their table. The same command goes on where it
 was stopped.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import _pictures
 import _timing
+import torch
 from _recipe import Recipe
 from _record import read_json
 from _runs import run
@@ -29,13 +31,27 @@ from accelerate.utils import set_seed
 
 from fmd_timm import set_temperature
 from fmd_timm.hub import save_for_hub
+from fmd_timm.layers.fmd_conv import FMDAttention
 
 
-def make_hot_start(recipe: Recipe, folder: Path) -> str:
-    """A network with random weights at temperature 34, whose training leaves it there: --init for the recipe."""
+def make_start(recipe: Recipe, arm: Arm, folder: Path) -> str:
+    """A network with random weights and what training leaves as it is, saved in a folder: --init for the recipe.
+
+    A gate whose bias is 40 and whose weights are 0 is 1 in float32, and has no gradient.
+    """
     set_seed(recipe.seed)
     network = new_network(recipe)
-    set_temperature(network, kernel=34.0)
+    if arm.hot:
+        set_temperature(network, kernel=34.0)
+    with torch.no_grad():
+        for attention in (module for module in network.modules() if isinstance(module, FMDAttention)):
+            gates = zip(('input', 'output'), *(
+                parameter.split([attention.in_channels, attention.out_channels])
+                for parameter in (attention.gates.weight, attention.gates.bias)))
+            for gate, weight, bias in gates:
+                if gate in arm.open:
+                    weight.zero_()
+                    bias.fill_(40.0)
     save_for_hub(network, folder)
     return str(folder)
 
@@ -48,9 +64,9 @@ def recipe_of(name: str, arm: Arm, recipe: Recipe, network: str, seed: int, outp
     if name == 'static_time':
         ratio = time_of(read_json(output / 'timing.json'), ARMS['fmd'].model(network))
         recipe = dataclasses.replace(recipe, epochs=round(recipe.epochs * ratio))
-    if name == 'temperature_34':
-        recipe = dataclasses.replace(
-            recipe, model_kwargs=None, init=make_hot_start(recipe, output / name / f'start_{seed}'))
+    if arm.hot or arm.open:
+        start = make_start(recipe, arm, output / name / f'start_{seed}')
+        recipe = dataclasses.replace(recipe, model_kwargs=None, init=start)
     return recipe
 
 

@@ -7,6 +7,7 @@ import pytest
 import scratch
 import timm
 import tiny
+import torch
 from _scratch_arms import ARMS, Arm, parse_scratch
 from _scratch_table import draw, make_table, read_records, row, time_of
 from safetensors.torch import load_file
@@ -24,29 +25,46 @@ def tiny_networks(monkeypatch):
 def test_arms_are_trained_once_by_one_recipe(
         digits_folder, tmp_path, tiny_networks, fresh_accelerator, monkeypatch, capsys):
     recipe = tiny.make_recipe(digits_folder, epochs=1, tracker='none')
-    arms = ['static', 'static_time', 'fmd', 'k1', 'temperature_34']
+    arms = ['static', 'static_time', 'fmd', 'k1', 'no_output', 'temperature_34']
     scratch.main('digits', recipe, tiny.STATIC, arms, 1, tmp_path)
     records = read_records(tmp_path)
     assert list(records) == arms
     timing = json.loads((tmp_path / 'timing.json').read_text())
     assert records['static_time'][0]['epochs'] == max(round(time_of(timing, tiny.NAME)), 1)
-    own = {'model', 'seed', 'epochs', 'model_kwargs', 'init'}
+    own = {'model', 'seed', 'epochs', 'model_kwargs', 'init', 'temperature'}
     settings = [{k: v for k, v in of_arm[0]['recipe'].items() if k not in own} for of_arm in records.values()]
     assert all(values == settings[0] for values in settings)
     assert records['k1'][0]['kernel_entropy'] is None and records['fmd'][0]['kernel_entropy'] > 0.9  # it began at 30
+    weights = {arm: load_file(tmp_path / arm / 'seed_0' / 'model.safetensors') for arm in arms if arm != 'static'}
     temperatures = {
-        arm: {weight.item() for key, weight in load_file(tmp_path / arm / 'seed_0' / 'model.safetensors').items()
-              if key.endswith('kernel_temperature')} for arm in ('fmd', 'temperature_34')}
-    assert temperatures == {'fmd': {1.0}, 'temperature_34': {34.0}}
+        arm: {weight.item() for key, weight in weights[arm].items() if key.endswith('kernel_temperature')}
+        for arm in ('fmd', 'no_output', 'temperature_34')}
+    assert temperatures == {'fmd': {1.0}, 'no_output': {1.0}, 'temperature_34': {34.0}}
+    biases = weights['no_output']['layer1.0.conv2.attention.gates.bias'].chunk(2)
+    assert biases[0].abs().max() < 1 and (biases[1] == 40).all()  # training has left them alone
     assert (tmp_path / 'curves.png').exists() and not list(tmp_path.rglob('checkpoints'))
 
     table = make_table(tmp_path)
     assert table in capsys.readouterr().out
     assert f' {records["fmd"][0]["top1"]:.2f} | ' in table
     panels = draw(tmp_path).axes
-    assert [len(axes.lines) for axes in panels] == [5, 4]  # K = 1 has not been timed
+    assert [len(axes.lines) for axes in panels] == [6, 5]  # K = 1 has not been timed
     monkeypatch.setattr(_runs, 'train', lambda *args: pytest.fail('it is finished'))
     scratch.main('digits', recipe, tiny.STATIC, arms, 1, tmp_path)
+
+
+@pytest.mark.parametrize('open', [('input',), ('output',), ('input', 'output')])
+def test_an_open_gate_is_1_for_every_image_and_does_not_learn(open, tmp_path):
+    recipe = tiny.make_recipe('digits', model='resnet20_fmd_cifar', model_kwargs=['layers=(1,1,1)'])
+    folder = scratch.make_start(recipe, Arm('', open=open), tmp_path)
+    attention = timm.create_model(f'local-dir:{folder}', pretrained=True).layer2[0].conv1.attention
+    _, *gates, _ = attention(torch.randn(8, 16, 4, 4))
+    torch.stack([gate.square().sum() for gate in gates]).sum().backward()
+    for name, gate, *gradients in zip(
+            ('input', 'output'), gates, attention.gates.weight.grad.split([16, 32]),
+            attention.gates.bias.grad.split([16, 32])):
+        assert (gate == 1).all() == (name in open)
+        assert all((gradient == 0).all() == (name in open) for gradient in gradients)
 
 
 def test_a_difference_is_paired_by_seed():
