@@ -12,6 +12,7 @@ class Arm:
     about: str  # for the table
     method: str | None = 'fmd'  # None: the static network
     changes: dict[str, Any] = field(default_factory=dict)  # of the recipe
+    as_long_as: str | None = None  # the arm whose time it takes, in more epochs
     hot: bool = False  # the temperature is 34 from the first step to the last
     open: tuple[str, ...] = ()  # 'input', 'output': the gates that are 1 for every image, from the first to the last
 
@@ -20,10 +21,19 @@ class Arm:
         return network.replace('_cifar', f'_{self.method}_cifar') if self.method else network
 
 
+    def same_network(self) -> str:
+        """The first arm with the same network, whose time is that of all of them."""
+        def network(arm: Arm) -> tuple[str | None, list[str] | None]:
+            return arm.method, arm.changes.get('model_kwargs')
+
+        return next(name for name, arm in ARMS.items() if network(arm) == network(self))
+
+
 ANNEALED = dict(temperature=30.0)  # the recipe's own, which has to be said where training starts from a checkpoint
 ARMS = {
     'static': Arm('the static network', None),
-    'static_time': Arm('the static network, for as long as FMDConv takes', None),
+    'static_fmd': Arm('the static network, for as long as FMDConv takes', None, as_long_as='fmd'),
+    'static_k1': Arm('the static network, for as long as FMDConv with K = 1 takes', None, as_long_as='k1'),
     'cond': Arm('CondConv', 'cond'),
     'dy': Arm('DyConv: kernels alone', 'dy'),
     'od': Arm('ODConv', 'od'),

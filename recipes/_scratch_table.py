@@ -5,7 +5,7 @@ from typing import Any
 
 from _paired import mean_and_error, paired_difference, with_error
 from _record import read_json
-from _scratch_arms import ARMS
+from _scratch_arms import ARMS, Arm
 from matplotlib.figure import Figure
 
 COLUMNS = (
@@ -23,10 +23,10 @@ def read_records(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def time_of(timing: dict[str, Any], model: str) -> float:
+def time_of(timing: dict[str, Any], arm: Arm) -> float:
     """Time of a training step over the static network's, median of the rounds in which they took turns."""
     seconds = timing['epoch_seconds']
-    return statistics.median(own / static for own, static in zip(seconds[model], seconds[timing['models'][0]]))
+    return statistics.median(own / static for own, static in zip(seconds[arm.same_network()], seconds['static']))
 
 
 def make_table(folder: Path) -> str:
@@ -54,15 +54,10 @@ def row(arm: str, records: dict[int, dict], static: dict[int, dict], timing: dic
         f'`{arm}`', ARMS[arm].about, f'{one["parameters"] / 1e6:.2f}', f'{one["gmacs"]:.4f}', str(one['epochs']),
         with_error(*mean_and_error([record['top1'] for record in records.values()])),
         '' if records is static else with_error(*paired_difference(records, static), '+'),
-        f'{time_of(timing, one["model"]):.2f}' if is_timed(arm) else '',
+        f'{time_of(timing, ARMS[arm]):.2f}',
         *('' if None in values else f'{statistics.mean(values):.2f}' for values in dynamics),
     ]
     return '| ' + ' | '.join(cells) + ' |'
-
-
-def is_timed(arm: str) -> bool:
-    """Whether its network is among the models of timing.json, which have no arguments of their own."""
-    return 'model_kwargs' not in ARMS[arm].changes
 
 
 def draw(folder: Path) -> Figure:
@@ -71,12 +66,9 @@ def draw(folder: Path) -> Figure:
     figure = Figure(figsize=(10, 4), layout='constrained')
     for axes, in_time in zip(figure.subplots(1, 2, sharey=True), (False, True)):
         for arm, records in read_records(folder).items():
-            if in_time and not is_timed(arm):
-                continue
             curves = [[epoch['top1'] for epoch in record['history']] for record in records.values()]
             means = [statistics.mean(of_epoch) for of_epoch in zip(*curves)]
-            model = next(iter(records.values()))['model']
-            unit = time_of(timing, model) if in_time else 1
+            unit = time_of(timing, ARMS[arm]) if in_time else 1
             style = dict(linestyle='-' if ARMS[arm].method is None else '--', linewidth=1.2)
             axes.plot([unit * (i + 1) for i in range(len(means))], means, label=arm, **style)
         axes.set(xlabel='time, in epochs of the static network' if in_time else 'epoch', ylabel='Top-1, %')

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import _broken
-import timm
 import torch
 from _accelerator import images_per_pass, make_accelerator
 from _data import open_images, refuse_bad_images
@@ -41,28 +40,32 @@ STEPS = 5  # of the optimizer, per model and round
 INFERENCES = 3  # of one image and of a batch, per model and round
 
 
-@refuse_bad_images()
 def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
-    for name in models:
-        check_names(dataclasses.replace(recipe, model=name))
+    time_recipes(preset, recipe, {name: dataclasses.replace(recipe, model=name) for name in models}, output)
+
+
+@refuse_bad_images()
+def time_recipes(preset: str, recipe: Recipe, recipes: dict[str, Recipe], output: Path) -> None:
+    """Time what differs from one recipe in the model and its arguments alone, by the names that it has in the file."""
+    for of_model in recipes.values():
+        check_names(of_model)
     accelerator = make_accelerator(recipe, output)
     torch.backends.cudnn.benchmark = True  # each method is timed with the algorithms that are fastest here
     is_main = accelerator.is_main_process
     with accelerator.local_main_process_first():
         images = open_images(recipe)
         teacher, _ = load_teacher(recipe)
-    asked, recipe = recipe, complete(recipe, timm.create_model(models[0], device='meta'))
+    asked, recipe = recipe, complete(recipe, new_network(next(iter(recipes.values())), device='meta'))
     _broken.check(accelerator, recipe, images)
     input_size = (3, recipe.test_size, recipe.test_size)
     infer_batch = min(images_per_pass(accelerator, recipe), len(images['validation']))
     label_names = images['train'].label_names
     # The learning rate is 0: the weights stay as they are, and no loss diverges.
     timed = dataclasses.replace(recipe, lr=0.0, epochs=1, sched='constant', warmup_epochs=0, image_sizes=None)
-    networks = {
-        name: new_network(dataclasses.replace(recipe, model=name), num_classes=len(label_names)) for name in models}
+    networks = {name: new_network(of_model, num_classes=len(label_names)) for name, of_model in recipes.items()}
     for name, network in networks.items():
-        check_pass(dataclasses.replace(timed, model=name), network, images_per_pass(accelerator, recipe))
-    config = data_config(recipe, networks[models[0]])
+        check_pass(dataclasses.replace(timed, model=recipes[name].model), network, images_per_pass(accelerator, recipe))
+    config = data_config(recipe, next(iter(networks.values())))
     if teacher:
         teacher = make_teacher(teacher, label_names, timed.train_sizes(), accelerator.print)
     loaders = make_loaders(accelerator, timed, images, config)
@@ -77,10 +80,10 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
     ready = math.ceil(max(2 * recipe.num_workers, 1) / recipe.accumulate)
 
     figures = 'epoch_seconds', 'infer_ms_per_image', 'infer_images_per_second'
-    timings = {figure: {name: [] for name in models} for figure in figures}
-    bar = tqdm(total=(1 + ROUNDS) * len(models), desc='timing', leave=False, disable=not is_main)
+    timings = {figure: {name: [] for name in networks} for figure in figures}
+    bar = tqdm(total=(1 + ROUNDS) * len(networks), desc='timing', leave=False, disable=not is_main)
     for turn in range(1 + ROUNDS):
-        for name in models if turn % 2 else reversed(models):
+        for name in networks if turn % 2 else reversed(networks):
             for _ in range(ready):
                 train_steps(trainings[name], batches, 1)
             seconds = train_steps(trainings[name], batches, STEPS)
@@ -97,7 +100,7 @@ def main(preset: str, recipe: Recipe, models: list[str], output: Path) -> None:
 
     if is_main:
         write_json(output / 'timing.json', dict(
-            preset=preset, recipe=public(dataclasses.asdict(asked)), models=models, rounds=ROUNDS, steps=STEPS,
+            preset=preset, recipe=public(dataclasses.asdict(asked)), models=list(networks), rounds=ROUNDS, steps=STEPS,
             steps_per_epoch=steps_per_epoch, **timings, infer_batch=infer_batch,
             train_images=len(images['train']), validation_images=len(images['validation']),
             num_classes=len(images['train'].label_names), **hardware(accelerator), channels_last=recipe.channels_last,

@@ -2,9 +2,9 @@
 [--output FOLDER] [--option of train.py ...]
 
 Trains a static network for small images and its dynamic twins, by the very same recipe for the same number of epochs.
-The static one is also trained for as long as FMDConv takes, in more epochs. Other arms are FMDConv with one kernel,
-without some of its gates, and with other temperatures (`_scratch_arms.py`). First recipes/_timing.py times the networks
-in turn.
+The static one is also trained in more epochs, for as long as FMDConv takes with 4 kernels and with 1. Other arms are
+FMDConv with one kernel, without some of its gates, and with other temperatures (`_scratch_arms.py`). First
+recipes/_timing.py times the networks in turn.
 
 Leaves timing.json, the runs, <arm>/seed_<n>/, and a picture, and prints their table. The same command goes on where it
 was stopped.
@@ -56,13 +56,17 @@ def make_start(recipe: Recipe, arm: Arm, folder: Path) -> str:
     return str(folder)
 
 
-def recipe_of(name: str, arm: Arm, recipe: Recipe, network: str, seed: int, output: Path) -> Recipe:
-    """What a run of an arm is trained by."""
+def recipe_of(arm: Arm, recipe: Recipe, network: str) -> Recipe:
+    """What an arm's network is trained by, where nothing has to be measured or made before."""
     kwargs = [*(recipe.model_kwargs or ()), *arm.changes.get('model_kwargs', ())]
-    recipe = dataclasses.replace(
-        recipe, **dict(arm.changes, model=arm.model(network), model_kwargs=kwargs or None, seed=seed))
-    if name == 'static_time':
-        ratio = time_of(read_json(output / 'timing.json'), ARMS['fmd'].model(network))
+    return dataclasses.replace(recipe, **dict(arm.changes, model=arm.model(network), model_kwargs=kwargs or None))
+
+
+def recipe_of_run(name: str, recipe: Recipe, network: str, seed: int, output: Path) -> Recipe:
+    arm = ARMS[name]
+    recipe = dataclasses.replace(recipe_of(arm, recipe, network), seed=seed)
+    if arm.as_long_as:
+        ratio = time_of(read_json(output / 'timing.json'), ARMS[arm.as_long_as])
         recipe = dataclasses.replace(recipe, epochs=round(recipe.epochs * ratio))
     if arm.hot or arm.open:
         start = make_start(recipe, arm, output / name / f'start_{seed}')
@@ -72,11 +76,12 @@ def recipe_of(name: str, arm: Arm, recipe: Recipe, network: str, seed: int, outp
 
 def main(preset: str, recipe: Recipe, network: str, arms: list[str], seeds: int, output: Path) -> None:
     if not (output / 'timing.json').exists():
-        models = list(dict.fromkeys(arm.model(network) for arm in ARMS.values()))
-        _timing.main(preset, dataclasses.replace(recipe, model=network), models, output)
+        timed = dict.fromkeys(ARMS[name].same_network() for name in ARMS)
+        recipes = {name: recipe_of(ARMS[name], recipe, network) for name in timed}
+        _timing.time_recipes(preset, dataclasses.replace(recipe, model=network), recipes, output)
     for seed in range(seeds):
         for name in arms:
-            run(preset, recipe_of(name, ARMS[name], recipe, network, seed, output), output / name / f'seed_{seed}')
+            run(preset, recipe_of_run(name, recipe, network, seed, output), output / name / f'seed_{seed}')
     print(make_table(output))
     _pictures.save(draw(output), output / 'curves')
 

@@ -25,12 +25,13 @@ def tiny_networks(monkeypatch):
 def test_arms_are_trained_once_by_one_recipe(
         digits_folder, tmp_path, tiny_networks, fresh_accelerator, monkeypatch, capsys):
     recipe = tiny.make_recipe(digits_folder, epochs=1, tracker='none')
-    arms = ['static', 'static_time', 'fmd', 'k1', 'no_output', 'temperature_34']
+    arms = ['static', 'static_fmd', 'fmd', 'k1', 'no_output', 'temperature_34']
     scratch.main('digits', recipe, tiny.STATIC, arms, 1, tmp_path)
     records = read_records(tmp_path)
     assert list(records) == arms
     timing = json.loads((tmp_path / 'timing.json').read_text())
-    assert records['static_time'][0]['epochs'] == max(round(time_of(timing, tiny.NAME)), 1)
+    assert list(timing['epoch_seconds']) == ['static', 'cond', 'dy', 'od', 'fmd', 'k1']
+    assert records['static_fmd'][0]['epochs'] == max(round(time_of(timing, ARMS['fmd'])), 1)
     own = {'model', 'seed', 'epochs', 'model_kwargs', 'init', 'temperature'}
     settings = [{k: v for k, v in of_arm[0]['recipe'].items() if k not in own} for of_arm in records.values()]
     assert all(values == settings[0] for values in settings)
@@ -48,7 +49,7 @@ def test_arms_are_trained_once_by_one_recipe(
     assert table in capsys.readouterr().out
     assert f' {records["fmd"][0]["top1"]:.2f} | ' in table
     panels = draw(tmp_path).axes
-    assert [len(axes.lines) for axes in panels] == [6, 5]  # K = 1 has not been timed
+    assert [len(axes.lines) for axes in panels] == [6, 6]
     monkeypatch.setattr(_runs, 'train', lambda *args: pytest.fail('it is finished'))
     scratch.main('digits', recipe, tiny.STATIC, arms, 1, tmp_path)
 
@@ -72,7 +73,7 @@ def test_a_difference_is_paired_by_seed():
         parameters=10**6, gmacs=0.1, epochs=2, model='b', kernel_entropy=0.5, gate_std=None, kernel_distance=1)
     static = {seed: dict(record, top1=70.0 + seed, model='a') for seed in range(3)}
     fmd = {seed: dict(record, top1=71.0 + seed + extra) for seed, extra in enumerate((0, 1, 2))}
-    timing = dict(models=['a', 'b'], epoch_seconds=dict(a=[1.0, 2.0], b=[2.0, 4.0]))
+    timing = dict(epoch_seconds=dict(static=[1.0, 2.0], fmd=[2.0, 4.0]))
     cells = row('fmd', fmd, static, timing).split(' | ')
     assert cells[5:] == ['73.00 ± 1.15', '+2.00 ± 0.58', '2.00', '0.50', '', '1.00 |']
     assert row('static', static, static, timing).split(' | ')[6] == ''
