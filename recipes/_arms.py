@@ -22,7 +22,7 @@ class Arm:
     kernel_lr: float = 1.0  # relative to the preset's
     attention_lr: float = 1.0  # relative to the preset's
     temperature: float = 1.0
-    freeze: str | None = None  # 'backbone': attention and classifier alone learn, of the static network the classifier
+    freeze: str | None = None  # 'backbone': attention and classifier alone learn; 'kernels': the BatchNorms, too
     normalized: bool = False  # the pooled features of each image have mean 0 and variance 1 in front of the attention
     usage_weight: float = 0.0  # in the loss, of 1 - entropy of the mean kernel_attn of a batch (load balancing)
     entropy_weight: float = 0.0  # in the loss, of 1 - mean entropy of kernel_attn
@@ -78,14 +78,28 @@ ARMS = {
     'depthwise': Arm('the depthwise convolution alone', layers='conv_dw'),
     'head': Arm('the last convolution, too', layers='conv'),
 
+    'static_frozen_3e-3': Arm('static, classifier alone', 3e-3, None, freeze='backbone'),
     'static_frozen_1e-2': Arm('static, classifier alone', 1e-2, None, freeze='backbone'),
     'static_frozen_2e-2': Arm('static, classifier alone', 2e-2, None, freeze='backbone'),
     'static_frozen_5e-2': Arm('static, classifier alone', 5e-2, None, freeze='backbone'),
+    'frozen_3e-3': Arm('attention and classifier alone', 3e-3, freeze='backbone'),
+    'frozen_5e-3': Arm('attention and classifier alone', 5e-3, freeze='backbone'),
     'frozen_1e-2': Arm('attention and classifier alone', 1e-2, freeze='backbone'),
     'frozen_2e-2': Arm('attention and classifier alone', freeze='backbone'),
     'frozen_k1': Arm('attention and classifier alone, K = 1', num_kernels=1, freeze='backbone'),
     'frozen_gaussian': Arm(
         'attention and classifier alone, kernels differ by Gaussian noise', kernels='gaussian', freeze='backbone'),
+    'frozen_temperature_10': Arm(
+        'attention and classifier alone, temperature 10', 1e-2, temperature=10.0, freeze='backbone'),
+    'frozen_gaussian_10': Arm(
+        'attention and classifier alone, kernels differ by Gaussian noise, temperature 10', 1e-2, kernels='gaussian',
+        temperature=10.0, freeze='backbone'),
+
+    'static_norms_1e-2': Arm('static, BatchNorms and classifier alone', 1e-2, None, freeze='kernels'),
+    'static_norms_2e-2': Arm('static, BatchNorms and classifier alone', 2e-2, None, freeze='kernels'),
+    'static_norms_5e-2': Arm('static, BatchNorms and classifier alone', 5e-2, None, freeze='kernels'),
+    'norms_1e-2': Arm('attention, BatchNorms and classifier alone', 1e-2, freeze='kernels'),
+    'norms_2e-2': Arm('attention, BatchNorms and classifier alone', 2e-2, freeze='kernels'),
 }
 
 

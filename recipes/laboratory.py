@@ -151,6 +151,15 @@ def make_network(tail: nn.Module, arm: Arm, classes: int, seed: int) -> nn.Modul
     return network
 
 
+def freeze(network: nn.Module, part: str) -> None:
+    """As `_optim.freeze`, or but the weights of all convolutions: 'kernels'."""
+    if part != 'kernels':
+        return _optim.freeze(network, part)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, DynamicConv2d)):
+            module.weight.requires_grad_(False)
+
+
 def start_otherwise(training: Training, arm: Arm, features: Tensor, seed: int) -> None:
     """What an arm changes after the rates of its parameters are set, which are those of constant attention."""
     convs = [module for module in training.model.modules() if isinstance(module, DynamicConv2d)]
@@ -197,7 +206,7 @@ def run(arm: Arm, recipe: Recipe, tail: nn.Module, features: dict[str, Tensor], 
     accelerator = make_accelerator(recipe, output)
     network = make_network(tail, arm, int(labels.max()) + 1, seed)
     if arm.freeze:
-        _optim.freeze(network, arm.freeze)
+        freeze(network, arm.freeze)
     if not arm.router_learns:
         for conv in (module for module in network.modules() if isinstance(module, DynamicConv2d)):
             conv.attention.kernel.requires_grad_(False)

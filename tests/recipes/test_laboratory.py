@@ -112,6 +112,17 @@ def test_an_arm_begins_with_what_the_static_network_computes(checkpoint, name, t
     torch.testing.assert_close(dynamic, static, rtol=1e-4, atol=1e-5 * static.abs().max().item())
 
 
+@pytest.mark.parametrize('part, learn', [
+    ('backbone', {'attention', 'classifier'}), ('kernels', {'attention', 'classifier', 'bn1', 'bn2', 'bn3'})])
+def test_frozen_parts_do_not_learn(checkpoint, part, learn):
+    _, tail, _ = laboratory.load_parts(str(checkpoint), whole=False)
+    network = laboratory.make_network(tail, ARMS['fmd_2e-2'], 5, seed=0)
+    laboratory.freeze(network, part)
+    learning = [name.split('.') for name, parameter in network.named_parameters() if parameter.requires_grad]
+    assert all(learn.intersection(parts) for parts in learning)
+    assert {part for parts in learning for part in parts} >= learn
+
+
 @pytest.mark.parametrize('kind', KERNELS)
 def test_kernels_differ_and_their_mean_is_the_static_one(kind):
     static = torch.randn(12, 8, 1, 1)
