@@ -118,6 +118,7 @@ def parse_laboratory(argv: list[str], description: str | None = None) -> argpars
         '--whole', action='store_true', help='train the whole network and not its last stage alone: slower by far')
     parser.add_argument('--image-size', type=int, default=96, help='pixels (96)')
     parser.add_argument('--images', type=int, default=2000, help='to train on, other ones for each seed (2000)')
+    parser.add_argument('--validation-images', type=int, default=5000, help='at most, the same for all runs (5000)')
     parser.add_argument('--epochs', type=int, default=5, help='of a run (5)')
     parser.add_argument(
         '--arms', nargs='+', choices=ARMS, metavar='ARM', default=list(ARMS), help='all unless said: ' + ' '.join(ARMS))
@@ -125,9 +126,9 @@ def parse_laboratory(argv: list[str], description: str | None = None) -> argpars
     parser.add_argument(
         '--output', type=path, default=Path('runs/laboratory'), help='folder of features and runs (runs/laboratory)')
     args = parser.parse_args(argv)
-    for option in 'images', 'epochs', 'seeds':
+    for option in 'images', 'validation_images', 'epochs', 'seeds':
         if getattr(args, option) < 1:
-            raise SystemExit(f'--{option} must be at least 1, got {getattr(args, option)}')
+            raise SystemExit(f'--{option.replace("_", "-")} must be at least 1, got {getattr(args, option)}')
     if all(ARMS[arm].method for arm in args.arms):
         raise SystemExit(
             f'--arms must have a static one, which the others are compared with, got {" ".join(args.arms)}')

@@ -254,19 +254,21 @@ def score(model: nn.Module, features: dict[str, Tensor]) -> dict:
 
 
 def main(
-        init: str, dataset: str, mixed: bool, whole: bool, image_size: int, images: int, epochs: int, arms: list[str],
-        seeds: int, output: Path,
+        init: str, dataset: str, mixed: bool, whole: bool, image_size: int, images: int, validation_images: int,
+        epochs: int, arms: list[str], seeds: int, output: Path,
 ) -> None:
     body, tail, revision = load_parts(init, whole)
     name = Path(dataset).name + ('_mixed' if mixed else '') + ('_whole' if whole else '')
     about = dict(weights=revision, dataset=name, image_size=str(image_size))
     args = SimpleNamespace(dataset=dataset, mixed=mixed, image_size=image_size)
     features = cached_features(body, args, about, output / f'{name}.safetensors')
+    features |= {part: features[part][:validation_images] for part in ('validation', 'validation_labels')}
     recipe = dataclasses.replace(PRESETS['finetune'], epochs=epochs, tracker='none', num_workers=0)
     settings = dict(about, images=min(images, len(features['train'])), epochs=epochs)
     path = output / f'{name}_{settings["images"]}_x_{epochs}.jsonl'
     done = read_runs(path) if path.exists() else []
-    if any(line['settings'] != settings for line in done):
+    validated = len(features['validation'])
+    if any((line['settings'], line['validation_images']) != (settings, validated) for line in done):
         raise SystemExit(f'{path} holds runs with other settings: name another --output')
     done = {(line['arm'], line['seed']) for line in done}
     for seed in range(seeds):
@@ -278,7 +280,7 @@ def main(
             result = run(ARMS[arm], tuned, tail, features, images, output)
             line = dict(
                 arm=arm, seed=seed, settings=settings, values=dataclasses.asdict(ARMS[arm]), **result,
-                validation_images=len(features['validation']),
+                validation_images=validated,
                 device=device_name(torch.device('cpu')), **circumstances('laboratory.py'))
             with path.open('a', encoding='utf-8') as file:
                 file.write(json.dumps(line, allow_nan=False) + '\n')

@@ -54,14 +54,16 @@ def test_a_command_runs_its_arms_once_and_says_what_they_did(checkpoint, few_ima
     assert f'| `fmd_2e-2` | FMDConv | 0.02 | 1 | {fmd["top1"]:.2f} | {fmd["top1"] - static["top1"]:+.2f} |' in said
     with pytest.raises(SystemExit, match='holds runs with other settings'):
         run(checkpoint, tmp_path, '--arms', 'static_2e-2', '--image-size', '64')
+    with pytest.raises(SystemExit, match='holds runs with other settings'):
+        run(checkpoint, tmp_path, '--arms', 'static_2e-2', '--validation-images', '30')
 
 
 @pytest.mark.slow
 def test_a_whole_network_is_trained_on_the_images(checkpoint, few_images, tmp_path):
-    run(checkpoint, tmp_path, '--whole', '--arms', 'static_2e-2', 'fmd_2e-2')
+    run(checkpoint, tmp_path, '--whole', '--arms', 'static_2e-2', 'fmd_2e-2', '--validation-images', '30')
     static, fmd = [
         json.loads(line) for line in (tmp_path / 'digits_whole_64_x_1.jsonl').read_text().splitlines()]
-    assert len(fmd['layers']) > 10 and static['train_loss'] > 0
+    assert len(fmd['layers']) > 10 and static['train_loss'] > 0 and fmd['validation_images'] == 30
     features = laboratory.cached_features(
         None, None, dict(weights=fmd['settings']['weights'], dataset='digits_whole', image_size='32'),
         tmp_path / 'digits_whole.safetensors')
@@ -171,6 +173,7 @@ def test_balanced_attention_of_one_kernel_has_gradients():
 @pytest.mark.parametrize('argv, message', [
     (['--seeds', '0'], '--seeds must be at least 1, got 0'),
     (['--images', '-1'], '--images must be at least 1, got -1'),
+    (['--validation-images', '0'], '--validation-images must be at least 1, got 0'),
     (['--arms', 'k1', 'k2'], '--arms must have a static one, .* got k1 k2'),
 ])
 def test_what_can_not_be_is_refused(argv, message):
