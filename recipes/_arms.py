@@ -78,28 +78,39 @@ ARMS = {
     'depthwise': Arm('the depthwise convolution alone', layers='conv_dw'),
     'head': Arm('the last convolution, too', layers='conv'),
 
+    'static_frozen_3e-4': Arm('static, classifier alone', 3e-4, None, freeze='backbone'),
+    'static_frozen_1e-3': Arm('static, classifier alone', 1e-3, None, freeze='backbone'),
     'static_frozen_3e-3': Arm('static, classifier alone', 3e-3, None, freeze='backbone'),
     'static_frozen_1e-2': Arm('static, classifier alone', 1e-2, None, freeze='backbone'),
     'static_frozen_2e-2': Arm('static, classifier alone', 2e-2, None, freeze='backbone'),
     'static_frozen_5e-2': Arm('static, classifier alone', 5e-2, None, freeze='backbone'),
+    'frozen_1e-3': Arm('attention and classifier alone', 1e-3, freeze='backbone'),
     'frozen_3e-3': Arm('attention and classifier alone', 3e-3, freeze='backbone'),
     'frozen_5e-3': Arm('attention and classifier alone', 5e-3, freeze='backbone'),
     'frozen_1e-2': Arm('attention and classifier alone', 1e-2, freeze='backbone'),
     'frozen_2e-2': Arm('attention and classifier alone', freeze='backbone'),
     'frozen_k1': Arm('attention and classifier alone, K = 1', num_kernels=1, freeze='backbone'),
+    'frozen_k1_3e-3': Arm('attention and classifier alone, K = 1', 3e-3, num_kernels=1, freeze='backbone'),
     'frozen_gaussian': Arm(
         'attention and classifier alone, kernels differ by Gaussian noise', kernels='gaussian', freeze='backbone'),
+    'frozen_gaussian_3e-3': Arm(
+        'attention and classifier alone, kernels differ by Gaussian noise', 3e-3, kernels='gaussian',
+        freeze='backbone'),
     'frozen_temperature_10': Arm(
-        'attention and classifier alone, temperature 10', 1e-2, temperature=10.0, freeze='backbone'),
+        'attention and classifier alone, temperature 10', 3e-3, temperature=10.0, freeze='backbone'),
     'frozen_gaussian_10': Arm(
-        'attention and classifier alone, kernels differ by Gaussian noise, temperature 10', 1e-2, kernels='gaussian',
+        'attention and classifier alone, kernels differ by Gaussian noise, temperature 10', 3e-3, kernels='gaussian',
         temperature=10.0, freeze='backbone'),
 
+    'static_norms_1e-3': Arm('static, BatchNorms and classifier alone', 1e-3, None, freeze='kernels'),
+    'static_norms_3e-3': Arm('static, BatchNorms and classifier alone', 3e-3, None, freeze='kernels'),
     'static_norms_1e-2': Arm('static, BatchNorms and classifier alone', 1e-2, None, freeze='kernels'),
     'static_norms_2e-2': Arm('static, BatchNorms and classifier alone', 2e-2, None, freeze='kernels'),
     'static_norms_5e-2': Arm('static, BatchNorms and classifier alone', 5e-2, None, freeze='kernels'),
+    'norms_1e-3': Arm('attention, BatchNorms and classifier alone', 1e-3, freeze='kernels'),
+    'norms_3e-3': Arm('attention, BatchNorms and classifier alone', 3e-3, freeze='kernels'),
     'norms_1e-2': Arm('attention, BatchNorms and classifier alone', 1e-2, freeze='kernels'),
-    'norms_2e-2': Arm('attention, BatchNorms and classifier alone', 2e-2, freeze='kernels'),
+    'norms_2e-2': Arm('attention, BatchNorms and classifier alone', freeze='kernels'),
 }
 
 
