@@ -83,6 +83,13 @@ def test_the_difference_is_paired_by_seed_with_its_standard_error():
     assert _lab_table.row('static_2e-2', ARMS['static_2e-2'], best, best)[5] == ''
 
 
+def test_an_arm_is_compared_with_the_best_static_one_of_which_as_much_is_frozen():
+    runs = {arm: {0: dict(top1=top1)} for arm, top1 in {
+        'static_1e-2': 70.0, 'static_2e-2': 71.0, 'static_frozen_1e-2': 60.0, 'static_frozen_2e-2': 59.0,
+        'frozen_1e-2': 65.0, 'norms_1e-2': 66.0}.items()}
+    assert _lab_table.best_static(runs) == {None: 'static_2e-2', 'backbone': 'static_frozen_1e-2'}
+
+
 def test_the_features_are_computed_once(checkpoint, few_images, tmp_path, monkeypatch):
     run(checkpoint, tmp_path, '--arms', 'static_2e-2')
     monkeypatch.setattr(laboratory, 'make_features', lambda *args: pytest.fail('computed again'))
