@@ -29,6 +29,7 @@ class Arm:
 
 
 ARMS = {
+    'static_1e-3': Arm('static', 1e-3, None),
     'static_3e-3': Arm('static', 3e-3, None),
     'static_1e-2': Arm('static', 1e-2, None),
     'static_2e-2': Arm('static', 2e-2, None),
@@ -36,11 +37,14 @@ ARMS = {
     'static_5e-2': Arm('static', 5e-2, None),
     'static_1e-1': Arm('static', 1e-1, None),
 
+    'fmd_3e-3': Arm('FMDConv', 3e-3),
     'fmd_1e-2': Arm('FMDConv', 1e-2),
     'fmd_2e-2': Arm('FMDConv', 2e-2),
     'fmd_3e-2': Arm('FMDConv', 3e-2),
     'fmd_5e-2': Arm('FMDConv', 5e-2),
     'kernels_0.25': Arm('kernels learn at a quarter of the rate', kernel_lr=0.25),
+    'attention_0.1_3e-3': Arm('attention learns at a tenth of the rate', 3e-3, attention_lr=0.1),
+    'attention_0.1_1e-2': Arm('attention learns at a tenth of the rate', 1e-2, attention_lr=0.1),
     'attention_0.1': Arm('attention learns at a tenth of the rate', attention_lr=0.1),
     'attention_0.01': Arm('attention learns at a hundredth of the rate', attention_lr=0.01),
 
@@ -80,11 +84,13 @@ ARMS = {
 
     'static_frozen_3e-4': Arm('static, classifier alone', 3e-4, None, freeze='backbone'),
     'static_frozen_1e-3': Arm('static, classifier alone', 1e-3, None, freeze='backbone'),
+    'static_frozen_2e-3': Arm('static, classifier alone', 2e-3, None, freeze='backbone'),
     'static_frozen_3e-3': Arm('static, classifier alone', 3e-3, None, freeze='backbone'),
     'static_frozen_1e-2': Arm('static, classifier alone', 1e-2, None, freeze='backbone'),
     'static_frozen_2e-2': Arm('static, classifier alone', 2e-2, None, freeze='backbone'),
     'static_frozen_5e-2': Arm('static, classifier alone', 5e-2, None, freeze='backbone'),
     'frozen_1e-3': Arm('attention and classifier alone', 1e-3, freeze='backbone'),
+    'frozen_2e-3': Arm('attention and classifier alone', 2e-3, freeze='backbone'),
     'frozen_3e-3': Arm('attention and classifier alone', 3e-3, freeze='backbone'),
     'frozen_5e-3': Arm('attention and classifier alone', 5e-3, freeze='backbone'),
     'frozen_1e-2': Arm('attention and classifier alone', 1e-2, freeze='backbone'),
