@@ -102,6 +102,9 @@ ARMS = {
     'frozen_gaussian_3e-3': Arm(
         'attention and classifier alone, kernels differ by Gaussian noise', 3e-3, kernels='gaussian',
         freeze='backbone'),
+    'frozen_gaussian_5e-3': Arm(
+        'attention and classifier alone, kernels differ by Gaussian noise', 5e-3, kernels='gaussian',
+        freeze='backbone'),
     'frozen_temperature_10': Arm(
         'attention and classifier alone, temperature 10', 3e-3, temperature=10.0, freeze='backbone'),
     'frozen_gaussian_10': Arm(
