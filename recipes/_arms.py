@@ -20,7 +20,7 @@ class Arm:
     router_entropy: float = 0.5  # at which it starts, see _dynamics.entropy
     router_learns: bool = True
     kernel_lr: float = 1.0  # relative to the preset's
-    attention_lr: float = 1.0  # relative to the preset's
+    attention_lr: float = 1.0  # relative to that of its layer; the preset has 0.1
     temperature: float = 1.0
     freeze: str | None = None  # 'backbone': attention and classifier alone learn; 'kernels': the BatchNorms, too
     normalized: bool = False  # the pooled features of each image have mean 0 and variance 1 in front of the attention
