@@ -1,5 +1,6 @@
 """recipes/scratch.py: every arm is the same recipe but for what it says, and the table is that of the records."""
 import json
+from pathlib import Path
 
 import _runs
 import _timing
@@ -77,6 +78,11 @@ def test_a_difference_is_paired_by_seed():
     cells = row('fmd', fmd, static, timing).split(' | ')
     assert cells[5:] == ['73.00 ± 1.15', '+2.00 ± 0.58', '2.00', '0.50', '', '1.00 |']
     assert row('static', static, static, timing).split(' | ')[6] == ''
+
+
+def test_the_page_has_the_table_of_the_committed_runs():
+    results = Path(scratch.__file__).parent / 'results'
+    assert make_table(results / 'scratch') in (results / 'README.md').read_text()
 
 
 def test_each_arm_has_a_network_that_is_registered():
