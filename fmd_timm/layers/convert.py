@@ -69,11 +69,16 @@ def make_dynamic(
             except ValueError as error:
                 raise ValueError(f'{name} of {type(model).__name__}: {error}') from error
             dynamic[conv].train(conv.training)
-            for hook in conv._forward_pre_hooks.values():  # as torch.ao.quantization does where it swaps modules
-                dynamic[conv].register_forward_pre_hook(hook)
-            for hook in conv._forward_hooks.values():
-                dynamic[conv].register_forward_hook(hook)
+            keep_hooks(conv, dynamic[conv])
     for name in chosen:
         parent, _, key = name.rpartition('.')
         setattr(model.get_submodule(parent), key, dynamic[convs[name]])
     return chosen
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Register the forward hooks of a module at the one in its place, as torch.ao.quantization does."""
+    for hook in old._forward_pre_hooks.values():
+        new.register_forward_pre_hook(hook)
+    for hook in old._forward_hooks.values():
+        new.register_forward_hook(hook)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import dynamic_conv2d
 from .attention import at_least_float32
+from .convert import keep_hooks
 
 __all__ = ['accelerate_condconv']
 
@@ -45,9 +46,11 @@ class RoutedConv2d(nn.Module):
 def accelerate_condconv(model: nn.Module) -> list[str]:
     """Let the layers of timm's CondConv networks compute by `fmd_timm.dynamic_conv2d`, in place.
 
-    Outputs agree to 1e-5 (relative, float32). Parameters, their names and the state dict stay as they are. timm makes
-    one convolution with B times the groups of a batch. The operator has other ways, and a backward pass of its own. It
-    pays in training and for batches, with `channels_last`, and not for single images: README.md has what was measured.
+    Outputs agree to 1e-5 (relative, float32). Parameters, their names, the state dict and forward hooks stay.
+
+    timm makes one convolution with B times the groups of a batch. The operator has other ways, and a backward pass of
+    its own. It pays in training and for batches, with `channels_last`, and not for single images: README.md has what was
+    measured.
 
     Args:
         model: A network with timm's `CondConv2d` in it, such as `timm.create_model('tf_efficientnet_cc_b0_4e')`.
@@ -63,6 +66,8 @@ def accelerate_condconv(model: nn.Module) -> list[str]:
     if not convs:
         raise ValueError(f"{type(model).__name__} has no CondConv2d of timm's")
     routed = {conv: RoutedConv2d(conv).train(conv.training) for conv in convs.values()}
+    for conv, ours in routed.items():
+        keep_hooks(conv, ours)
     for name, conv in convs.items():
         model.set_submodule(name, routed[conv])
     return list(convs)

@@ -78,6 +78,16 @@ def test_features_of_a_network_are_extracted():
         torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-8)
 
 
+def test_forward_hooks_stay_and_a_layer_at_two_places_is_one():
+    conv, seen = CondConv2d(8, 8), []
+    conv.register_forward_pre_hook(lambda *args: seen.append('before'))
+    conv.register_forward_hook(lambda *args: seen.append('after'))
+    model = nn.ModuleDict(dict(a=conv, b=conv))
+    assert accelerate_condconv(model) == ['a', 'b'] and model.a is model.b
+    model.a(torch.randn(2, 8, 5, 5), torch.rand(2, 4))
+    assert seen == ['before', 'after']
+
+
 def test_a_network_without_condconv_is_refused():
     with pytest.raises(ValueError, match="ResNet has no CondConv2d of timm's"):
         accelerate_condconv(timm.create_model('test_resnet'))
