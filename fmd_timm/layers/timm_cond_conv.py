@@ -49,8 +49,8 @@ def accelerate_condconv(model: nn.Module) -> list[str]:
     Outputs agree to 1e-5 (relative, float32). Parameters, their names, the state dict and forward hooks stay.
 
     timm makes one convolution with B times the groups of a batch. The operator has other ways, and a backward pass of
-    its own. It pays in training and for batches, with `channels_last`, and not for single images: README.md has what was
-    measured.
+    its own. It pays in training and for batches, with `channels_last`, and not for single images: README.md has what
+    was measured.
 
     Args:
         model: A network with timm's `CondConv2d` in it, such as `timm.create_model('tf_efficientnet_cc_b0_4e')`.
