@@ -59,12 +59,15 @@ def accelerate_condconv(model: nn.Module) -> list[str]:
         The names of the layers.
 
     Raises:
-        ValueError: The network has none.
+        ValueError: The network has none, or the weight of one is computed from others, as by pruning.
     """
     convs = {
         name: conv for name, conv in model.named_modules(remove_duplicate=False) if name and type(conv) is CondConv2d}
     if not convs:
         raise ValueError(f"{type(model).__name__} has no CondConv2d of timm's")
+    for name, conv in convs.items():
+        if 'weight' not in conv._parameters:  # torch.nn.utils.prune and spectral_norm make it of others
+            raise ValueError(f'{name} must have its weight as a parameter, got {sorted(dict(conv.named_parameters()))}')
     routed = {conv: RoutedConv2d(conv).train(conv.training) for conv in convs.values()}
     for conv, ours in routed.items():
         keep_hooks(conv, ours)

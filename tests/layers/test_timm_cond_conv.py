@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import CondConv2d
+from torch.nn.utils import prune
 
 from fmd_timm import accelerate_condconv
 from fmd_timm.layers.timm_cond_conv import RoutedConv2d
@@ -91,3 +92,11 @@ def test_forward_hooks_stay_and_a_layer_at_two_places_is_one():
 def test_a_network_without_condconv_is_refused():
     with pytest.raises(ValueError, match="ResNet has no CondConv2d of timm's"):
         accelerate_condconv(timm.create_model('test_resnet'))
+
+
+def test_a_pruned_layer_is_refused_and_nothing_is_changed():
+    model = nn.ModuleDict(dict(conv=CondConv2d(8, 8)))
+    prune.l1_unstructured(model.conv, 'weight', amount=0.5)
+    with pytest.raises(ValueError, match=r"conv must have its weight as a parameter, got \['weight_orig'\]"):
+        accelerate_condconv(model)
+    assert type(model.conv) is CondConv2d
