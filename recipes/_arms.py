@@ -28,20 +28,15 @@ class Arm:
     entropy_weight: float = 0.0  # in the loss, of 1 - mean entropy of kernel_attn
 
 
-ARMS = {
-    'static_1e-3': Arm('static', 1e-3, None),
-    'static_3e-3': Arm('static', 3e-3, None),
-    'static_1e-2': Arm('static', 1e-2, None),
-    'static_2e-2': Arm('static', 2e-2, None),
-    'static_3e-2': Arm('static', 3e-2, None),
-    'static_5e-2': Arm('static', 5e-2, None),
-    'static_1e-1': Arm('static', 1e-1, None),
+def at_rates(name: str, rates: str, about: str, **values) -> dict[str, Arm]:
+    """The same arm at several learning rates, by names such as 'static_3e-3'."""
+    return {f'{name}_{lr}': Arm(about, float(lr), **values) for lr in rates.split()}
 
-    'fmd_3e-3': Arm('FMDConv', 3e-3),
-    'fmd_1e-2': Arm('FMDConv', 1e-2),
-    'fmd_2e-2': Arm('FMDConv', 2e-2),
-    'fmd_3e-2': Arm('FMDConv', 3e-2),
-    'fmd_5e-2': Arm('FMDConv', 5e-2),
+
+ARMS = {
+    **at_rates('static', '1e-3 3e-3 1e-2 2e-2 3e-2 5e-2 1e-1', 'static', method=None),
+
+    **at_rates('fmd', '3e-3 1e-2 2e-2 3e-2 5e-2', 'FMDConv'),
     'kernels_0.25': Arm('kernels learn at a quarter of the rate', kernel_lr=0.25),
     'attention_0.1_3e-3': Arm('attention learns at a tenth of the rate', 3e-3, attention_lr=0.1),
     'attention_0.1_1e-2': Arm('attention learns at a tenth of the rate', 1e-2, attention_lr=0.1),
@@ -82,19 +77,10 @@ ARMS = {
     'depthwise': Arm('the depthwise convolution alone', layers='conv_dw'),
     'head': Arm('the last convolution, too', layers='conv'),
 
-    'static_frozen_3e-4': Arm('static, classifier alone', 3e-4, None, freeze='backbone'),
-    'static_frozen_1e-3': Arm('static, classifier alone', 1e-3, None, freeze='backbone'),
-    'static_frozen_2e-3': Arm('static, classifier alone', 2e-3, None, freeze='backbone'),
-    'static_frozen_3e-3': Arm('static, classifier alone', 3e-3, None, freeze='backbone'),
-    'static_frozen_1e-2': Arm('static, classifier alone', 1e-2, None, freeze='backbone'),
-    'static_frozen_2e-2': Arm('static, classifier alone', 2e-2, None, freeze='backbone'),
-    'static_frozen_5e-2': Arm('static, classifier alone', 5e-2, None, freeze='backbone'),
-    'frozen_1e-3': Arm('attention and classifier alone', 1e-3, freeze='backbone'),
-    'frozen_2e-3': Arm('attention and classifier alone', 2e-3, freeze='backbone'),
-    'frozen_3e-3': Arm('attention and classifier alone', 3e-3, freeze='backbone'),
-    'frozen_5e-3': Arm('attention and classifier alone', 5e-3, freeze='backbone'),
-    'frozen_1e-2': Arm('attention and classifier alone', 1e-2, freeze='backbone'),
-    'frozen_2e-2': Arm('attention and classifier alone', freeze='backbone'),
+    **at_rates(
+        'static_frozen', '3e-4 1e-3 2e-3 3e-3 1e-2 2e-2 5e-2', 'static, classifier alone', method=None,
+        freeze='backbone'),
+    **at_rates('frozen', '1e-3 2e-3 3e-3 5e-3 1e-2 2e-2', 'attention and classifier alone', freeze='backbone'),
     'frozen_k1': Arm('attention and classifier alone, K = 1', num_kernels=1, freeze='backbone'),
     'frozen_k1_3e-3': Arm('attention and classifier alone, K = 1', 3e-3, num_kernels=1, freeze='backbone'),
     'frozen_gaussian': Arm(
@@ -111,15 +97,10 @@ ARMS = {
         'attention and classifier alone, kernels differ by Gaussian noise, temperature 10', 3e-3, kernels='gaussian',
         temperature=10.0, freeze='backbone'),
 
-    'static_norms_1e-3': Arm('static, BatchNorms and classifier alone', 1e-3, None, freeze='kernels'),
-    'static_norms_3e-3': Arm('static, BatchNorms and classifier alone', 3e-3, None, freeze='kernels'),
-    'static_norms_1e-2': Arm('static, BatchNorms and classifier alone', 1e-2, None, freeze='kernels'),
-    'static_norms_2e-2': Arm('static, BatchNorms and classifier alone', 2e-2, None, freeze='kernels'),
-    'static_norms_5e-2': Arm('static, BatchNorms and classifier alone', 5e-2, None, freeze='kernels'),
-    'norms_1e-3': Arm('attention, BatchNorms and classifier alone', 1e-3, freeze='kernels'),
-    'norms_3e-3': Arm('attention, BatchNorms and classifier alone', 3e-3, freeze='kernels'),
-    'norms_1e-2': Arm('attention, BatchNorms and classifier alone', 1e-2, freeze='kernels'),
-    'norms_2e-2': Arm('attention, BatchNorms and classifier alone', freeze='kernels'),
+    **at_rates(
+        'static_norms', '1e-3 3e-3 1e-2 2e-2 5e-2', 'static, BatchNorms and classifier alone', method=None,
+        freeze='kernels'),
+    **at_rates('norms', '1e-3 3e-3 1e-2 2e-2', 'attention, BatchNorms and classifier alone', freeze='kernels'),
 }
 
 

@@ -172,7 +172,10 @@ def test_balanced_attention_of_one_kernel_has_gradients():
     conv = FMDConv2d(32, 8, 1)
     conv.attention.make_constant()
     conv.attention.kernel.bias.data[0] = 1000  # the other shares are 0 in float32
-    task = lambda images, labels: dict(loss=conv(images).mean())  # noqa: E731
+
+    def task(images, labels):
+        return dict(loss=conv(images).mean())
+
     balanced = laboratory.Balanced(task, [conv], Arm('', usage_weight=1.0, entropy_weight=1.0))
     balanced(torch.randn(4, 32, 2, 2), None)['loss'].backward()
     assert all(parameter.grad.isfinite().all() for parameter in conv.parameters())
